@@ -1,0 +1,71 @@
+"""Fed-SB: ``W0 + s B R A`` with frozen B and A, only R (rank, rank) trains (arXiv 2502.15436)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedllm.adapters.basis import Basis, seeded_basis
+from fedllm.adapters.method import ADAPTER, AdapterMethod
+from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+
+
+class FactoredUp(nn.Module):
+    """The linear map ``x -> B R x`` in the place of LoRA's up projection.
+
+    PEFT's own layers call it after A, whatever the base layer is (float, 8-bit or 4-bit), and
+    read :attr:`weight` when they merge, so neither needs a class of its own here.
+    """
+
+    def __init__(self, up: Tensor) -> None:
+        super().__init__()
+        self.inner = nn.Linear(up.shape[1], up.shape[1], bias=False)
+        nn.init.zeros_(self.inner.weight)
+        self.register_buffer("up", up, persistent=False)
+        self.up: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Return B R, shape (out, rank)."""
+        return self.up @ self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``B R x`` for x of shape (..., rank)."""
+        return nn.functional.linear(self.inner(x), self.up)
+
+
+class FedSB(AdapterMethod):
+    """Train and send R; the mean of R is exact in the product B R A."""
+
+    name = "fed-sb"
+    trained = ("R",)
+    has_basis = True
+
+    def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        return {f"{module}.R": (spec.rank, spec.rank) for module in spec.shapes}
+
+    def seeded(self, spec: AdapterSpec, seed: str) -> Basis:
+        return seeded_basis(spec.shapes, rank=spec.rank, seed=seed)
+
+    def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
+        shapes = self.trained_shapes(spec)
+        return AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
+
+    def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
+        weight = layer.lora_A[ADAPTER].weight
+        with torch.no_grad():
+            weight.copy_(torch.tensor(down))
+        weight.requires_grad_(False)
+        layer.lora_B[ADAPTER] = FactoredUp(torch.tensor(up).to(weight.device))
+
+    def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
+        return {"R": layer.lora_B[ADAPTER].inner.weight}
+
+    def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
+        return {
+            m: (basis.up[m] @ state.tensors[f"{m}.R"], basis.down[m]) for m in state.spec.shapes
+        }

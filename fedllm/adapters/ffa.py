@@ -1,0 +1,44 @@
+"""FFA-LoRA: A is drawn from a seed and frozen, only B trains (arXiv 2403.12313)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fedllm.adapters.basis import Basis, kaiming_basis
+from fedllm.adapters.method import ADAPTER, AdapterMethod
+from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+
+
+class FfaLora(AdapterMethod):
+    """Train and send B (out, rank); the mean of B is exact in the product B A."""
+
+    name = "ffa"
+    trained = ("B",)
+    has_basis = True
+
+    def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        return {f"{module}.B": (out, spec.rank) for module, (out, _) in spec.shapes.items()}
+
+    def seeded(self, spec: AdapterSpec, seed: str) -> Basis:
+        return kaiming_basis(spec.shapes, rank=spec.rank, seed=seed)
+
+    def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
+        shapes = self.trained_shapes(spec)
+        return AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
+
+    def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
+        weight = layer.lora_A[ADAPTER].weight
+        with torch.no_grad():
+            weight.copy_(torch.tensor(down))
+        weight.requires_grad_(False)
+
+    def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
+        return {"B": layer.lora_B[ADAPTER].weight}
+
+    def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
+        return {m: (state.tensors[f"{m}.B"], basis.down[m]) for m in state.spec.shapes}

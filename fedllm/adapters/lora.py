@@ -1,0 +1,49 @@
+"""LoRA: ``W0 + s B A`` with both factors trained (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fedllm.adapters.basis import Basis, kaiming_basis
+from fedllm.adapters.method import ADAPTER, AdapterMethod
+from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+
+
+class Lora(AdapterMethod):
+    """Train and send A (rank, in) and B (out, rank)."""
+
+    name = "lora"
+    trained = ("A", "B")
+    has_basis = False
+
+    def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module, (out, into) in spec.shapes.items():
+            shapes |= {f"{module}.A": (spec.rank, into), f"{module}.B": (out, spec.rank)}
+        return shapes
+
+    def seeded(self, spec: AdapterSpec, seed: str) -> Basis:
+        return Basis(up={}, down={})
+
+    def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
+        start = kaiming_basis(spec.shapes, rank=spec.rank, seed=seed).tensors
+        return AdapterState(
+            spec,
+            {
+                key: start[key] if key.endswith(".A") else np.zeros(shape, np.float32)
+                for key, shape in self.trained_shapes(spec).items()
+            },
+        )
+
+    def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
+        pass
+
+    def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
+        return {"A": layer.lora_A[ADAPTER].weight, "B": layer.lora_B[ADAPTER].weight}
+
+    def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
+        return {m: (state.tensors[f"{m}.B"], state.tensors[f"{m}.A"]) for m in state.spec.shapes}

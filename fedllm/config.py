@@ -1,0 +1,380 @@
+"""Every setting of a run, once: frozen dataclasses <-> Flower's flat run config.
+
+A recipe is a TOML file with one table a section (``[train]``, ``[privacy]``, ...). Flower
+flattens it to dotted keys with scalar values (``train.lr``), and that flat form is what travels.
+``python -m fedllm.config`` writes the defaults into the ``[tool.flwr.app.config]`` tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedllm.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+
+def setting(
+    default: Scalar,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+) -> Any:
+    """Declare a setting with its default, its help line and the values it allows."""
+    return field(
+        default=default,
+        metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where a run lives and what makes it reproducible."""
+
+    dir: str = setting("", "the run folder; empty: a new one under $FEDLLM_HOME/runs")
+    resume: str = setting("", "continue the run in this folder at its next round")
+    seed: int = setting(42, "seed of partition, adapter and batches (never of privacy noise)", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The base model, identical at every site."""
+
+    name: str = setting(
+        "smollm2-135m-instruct", "an embedded model (fedllm models ls) or a Hugging Face name"
+    )
+    path: str = setting("", "a folder with config.json, weights and tokenizer (air-gapped machines)")
+    dtype: str = setting("bfloat16", "number format of the base", choices=("bfloat16", "float32"))
+    quantization: str = setting(
+        "none", "bitsandbytes quantisation of the base", choices=("none", "8bit", "4bit")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """How the weight change is parametrised."""
+
+    method: str = setting("fed-sb", "adapter method", choices=("lora", "ffa", "fed-sb"))
+    rank: int = setting(16, "rank r of every adapted matrix", minimum=1)
+    alpha: float = setting(0.0, "the update is scaled by alpha/rank; 0 means alpha = rank", minimum=0)
+    dropout: float = setting(0.0, "dropout on the adapter's input while training", minimum=0, maximum=0.9)
+    targets: str = setting("all-linear", "all-linear, or module names separated by commas")
+    layers: str = setting("", "adapt only these layers, such as 15-29 or 0,1,2; empty: all")
+    basis: str = setting(
+        "seeded",
+        "where Fed-SB's frozen B and A come from: an 8-byte seed, or the base weights' SVD",
+        choices=("seeded", "public-svd"),
+    )
+    init: str = setting("", "go on from this finished adapter folder (run/adapter)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which records, how they become prompts, and how simulated sites share them."""
+
+    source: str = setting("icd10", "icd10, mcc, file or hub", choices=("icd10", "mcc", "file", "hub"))
+    path: str = setting("", "csv, jsonl or parquet file (source=file; local and simulated runs only)")
+    name: str = setting("", "Hugging Face data set name (source=hub)")
+    split: str = setting("train", "split of the Hugging Face data set")
+    text: str = setting("text", "column with the input text")
+    label: str = setting("label", "column with the answer (a label or a text)")
+    labels: str = setting("", "all label texts separated by |; empty: those found in the records")
+    task: str = setting("classify", "classify: score the labels; generate: free text",
+                        choices=("classify", "generate"))
+    site: str = setting("", "column that names a record's site (partition=column)")
+    unit: str = setting("", "column of the privacy unit, such as patient or customer; empty: the record")
+    instruction: str = setting("", "system message put before every record; empty: the source's own")
+    prompt: str = setting("{text}", "user message; {text} stands for the record's text")
+    max_per_label: int = setting(0, "keep at most this many records of a label; 0: all", minimum=0)
+    min_per_label: int = setting(0, "drop labels with fewer records than this", minimum=0)
+    partition: str = setting(
+        "iid", "how simulated sites share the records", choices=("iid", "dirichlet", "column")
+    )
+    dirichlet_alpha: float = setting(0.5, "concentration of the label mix over sites", minimum=1e-3)
+    heldout: float = setting(0.1, "share of each site's records kept for evaluation", minimum=0, maximum=0.9)
+    heldout_public: bool = setting(
+        False, "the held-out records are public: a private run may show metrics on them"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationSettings:
+    """Who takes part and how long anybody waits."""
+
+    sites: int = setting(4, "number of sites", minimum=1)
+    rounds: int = setting(5, "number of rounds", minimum=1)
+    quorum: int = setting(0, "valid replies a round needs; 0: half of the sites, rounded up", minimum=0)
+    deadline: float = setting(1800.0, "seconds a round waits for replies", minimum=1)
+    join_wait: float = setting(60.0, "seconds to wait for all sites before starting with a quorum", minimum=0)
+    parallel: int = setting(0, "sites simulated at once, one core each; 0: as many as cores", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Local training of one round at one site."""
+
+    lr: float = setting(1e-2, "peak learning rate of AdamW", minimum=0)
+    batch_size: int = setting(16, "records a step (expected number in private runs)", minimum=1)
+    local_steps: int = setting(8, "optimiser steps a round", minimum=1)
+    accumulation: int = setting(1, "batches summed before one optimiser step", minimum=1)
+    micro_batch: int = setting(16, "records in one forward pass; bounds memory", minimum=1)
+    max_length: int = setting(128, "tokens of prompt and answer; longer prompts lose their end", minimum=8)
+    schedule: str = setting("cosine", "learning rate over the whole run", choices=("cosine", "constant"))
+    warmup: float = setting(0.0, "share of all steps spent warming up", minimum=0, maximum=1)
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", minimum=0)
+    threads: int = setting(0, "torch threads of a site; 0: its share of the cores", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySettings:
+    """Record-level differential privacy of what a site releases."""
+
+    enabled: bool = setting(False, "train with DP-SGD")
+    epsilon: float = setting(0.0, "budget over all rounds; give this or noise_multiplier", minimum=0)
+    delta: float = setting(1e-5, "must be below 1/n at every site", minimum=0, maximum=1)
+    clipping_norm: float = setting(1.0, "largest norm of one record's gradient", minimum=0)
+    noise_multiplier: float = setting(0.0, "noise deviation over clipping norm", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategySettings:
+    """What the server does with the replies."""
+
+    name: str = setting("average", "average, or a preset: fed-sb, fedit, ffa",
+                        choices=("average", "fed-sb", "fedit", "ffa"))
+    weighting: str = setting("uniform", "weight of a site in the mean", choices=("uniform", "examples"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireSettings:
+    """How adapter matrices become bytes."""
+
+    codec: str = setting("float32", "number format on the wire", choices=("float32", "float16", "bfloat16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What is measured on held-out records."""
+
+    every: int = setting(1, "evaluate the received adapter every so many rounds; 0: only at the end", minimum=0)
+    records: int = setting(0, "held-out records a site scores in a round; 0: all", minimum=0)
+    final_records: int = setting(0, "held-out records scored for the final table; 0: all", minimum=0)
+    batch_size: int = setting(8, "held-out records in one forward pass", minimum=1)
+    fold: str = setting("test", "which half of the held-out records is scored",
+                        choices=("test", "validation"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of one run.
+
+    Raises
+    ------
+    ConfigError
+        From the constructors below, naming the first key that is unknown, out of range or
+        contradicts another.
+    """
+
+    run: RunSettings = RunSettings()
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings = DataSettings()
+    federation: FederationSettings = FederationSettings()
+    train: TrainSettings = TrainSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    strategy: StrategySettings = StrategySettings()
+    wire: WireSettings = WireSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @staticmethod
+    def from_flat(values: Mapping[str, Scalar]) -> Config:
+        """Build from dotted keys; keys left out keep their defaults."""
+        tables: dict[str, dict[str, Scalar]] = {}
+        for key, value in values.items():
+            known = SETTINGS.get(key)
+            if known is None:
+                raise ConfigError(_unknown(key, SETTINGS))
+            section, name = key.split(".")
+            tables.setdefault(section, {})[name] = _coerce(key, value, known)
+        sections = {
+            part.name: dataclasses.replace(part.default, **tables.get(part.name, {}))  # type: ignore[type-var]
+            for part in fields(Config)
+        }
+        config = Config(**sections)  # type: ignore[arg-type]
+        _check_together(config)
+        return config
+
+    @staticmethod
+    def from_toml(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+        """Read a recipe and apply ``key=value`` overrides to it."""
+        return Config.from_flat(read_toml(path) | parse_overrides(overrides))
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Return all settings as dotted keys."""
+        return {
+            f"{part.name}.{item.name}": getattr(getattr(self, part.name), item.name)
+            for part in fields(self)
+            for item in fields(getattr(self, part.name))
+        }
+
+    def changed(self) -> dict[str, Scalar]:
+        """Return the settings that differ from their defaults, as dotted keys."""
+        return {key: value for key, value in self.to_flat().items() if value != SETTINGS[key].default}
+
+    def replace(self, **dotted: Scalar) -> Config:
+        """Return a copy with some settings changed; ``__`` stands for the dot."""
+        return Config.from_flat(self.to_flat() | {k.replace("__", "."): v for k, v in dotted.items()})
+
+    def to_toml(self) -> str:
+        """Return all settings as the text of a recipe."""
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+
+SETTINGS: dict[str, dataclasses.Field[Scalar]] = {
+    f"{part.name}.{item.name}": item for part in fields(Config) for item in fields(part.default)  # type: ignore[arg-type]
+}
+
+
+def read_toml(path: str | Path) -> dict[str, Scalar]:
+    """Read a TOML recipe into dotted keys.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, not UTF-8 or not TOML.
+    """
+    file = Path(path)
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such recipe. `fedllm ls` shows the ones that ship.") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 text (byte {error.start}).") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}.") from None
+    flat: dict[str, Scalar] = {}
+    for section, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{file}: '{section}' stands outside a table such as [train].")
+        flat |= {f"{section}.{name}": value for name, value in table.items()}
+    return flat
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Scalar]:
+    """Parse ``key=value`` words; a value is TOML where it can be, else a string.
+
+    >>> parse_overrides(["train.lr=3e-4", "run.dir=/tmp/a", "privacy.enabled=true"])
+    {'train.lr': 0.0003, 'run.dir': '/tmp/a', 'privacy.enabled': True}
+    """
+    values: dict[str, Scalar] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{pair}' is not of the form key=value, such as train.lr=3e-4.")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        values[key] = value if isinstance(value, str | int | float | bool) else text
+    return values
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f" Did you mean '{near[0]}'?" if near else " `fedllm settings` lists all of them."
+    return f"unknown setting '{key}'.{hint}"
+
+
+def _coerce(key: str, value: object, known: dataclasses.Field[Scalar]) -> Scalar:
+    kind = type(known.default)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{key}: needs a value of type {kind.__name__}, got {value!r}.")
+    choices = known.metadata["choices"]
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"{key}: '{value}' is not one of {', '.join(choices)}.{hint}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        low, high = known.metadata["minimum"], known.metadata["maximum"]
+        if not low <= value <= high:
+            allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise ConfigError(f"{key}: must be {allowed}, got {value}.")
+    return value
+
+
+def _check_together(config: Config) -> None:
+    """Refuse combinations that cannot hold, each with the reason."""
+    privacy, data, federation = config.privacy, config.data, config.federation
+    if privacy.enabled:
+        if (privacy.epsilon > 0) == (privacy.noise_multiplier > 0):
+            raise ConfigError(
+                "privacy.epsilon, privacy.noise_multiplier: a private run needs exactly one of them "
+                "(the other is derived); set the unused one to 0."
+            )
+        if not 0 < privacy.delta < 1:
+            raise ConfigError(f"privacy.delta: must lie between 0 and 1, got {privacy.delta}.")
+        if privacy.clipping_norm <= 0:
+            raise ConfigError("privacy.clipping_norm: a private run needs a positive clipping norm.")
+        if config.strategy.weighting == "examples":
+            raise ConfigError(
+                "strategy.weighting=examples: example counts depend on private records and are not "
+                "sent in a private run; use uniform."
+            )
+    if data.source == "file" and not data.path:
+        raise ConfigError("data.path: source=file needs the path of a csv, jsonl or parquet file.")
+    if data.source == "hub" and not data.name:
+        raise ConfigError("data.name: source=hub needs the name of a Hugging Face data set.")
+    if data.partition == "column" and not data.site:
+        raise ConfigError("data.site: partition=column needs the column that names a record's site.")
+    if "{text}" not in data.prompt:
+        raise ConfigError("data.prompt: must contain {text}, the place of the record's text.")
+    if federation.quorum > federation.sites:
+        raise ConfigError(
+            f"federation.quorum: {federation.quorum} replies cannot come from {federation.sites} sites."
+        )
+    preset = {"fed-sb": "fed-sb", "fedit": "lora", "ffa": "ffa"}.get(config.strategy.name)
+    if preset is not None and preset != config.adapter.method:
+        raise ConfigError(
+            f"strategy.name={config.strategy.name} is defined for adapter.method={preset}, "
+            f"not {config.adapter.method}."
+        )
+    if config.adapter.basis != "seeded" and config.adapter.method != "fed-sb":
+        raise ConfigError(f"adapter.basis={config.adapter.basis} applies to adapter.method=fed-sb only.")
+
+
+def write_app_config(pyproject: Path) -> None:
+    """Rewrite the ``[tool.flwr.app.config]`` table of a pyproject file with the defaults."""
+    begin, end = "# settings: begin (python -m fedllm.config)\n", "# settings: end\n"
+    text = pyproject.read_text(encoding="utf-8")
+    head, _, rest = text.partition(begin)
+    tail = rest.partition(end)[2]
+    table = tomli_w.dumps({"tool": {"flwr": {"app": {"config": dataclasses.asdict(Config())}}}})
+    pyproject.write_text(head + begin + table + end + tail, encoding="utf-8")
+
+
+def main() -> None:
+    """Bring the Flower apps of this checkout up to date with the settings above."""
+    root = Path(__file__).parent.parent
+    for pyproject in (root / "pyproject.toml", root / "apps" / "finetune" / "pyproject.toml"):
+        write_app_config(pyproject)
+
+
+if __name__ == "__main__":
+    main()

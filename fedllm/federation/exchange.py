@@ -1,0 +1,123 @@
+"""Send messages and collect replies until all are there or a deadline passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedllm.errors import FedllmError, WireError
+from fedllm.federation.records import Note, text, unpack, wire_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A site as the server knows it.
+
+    Attributes
+    ----------
+    node : int
+        Flower's node id.
+    index : int
+        Which simulated site the node plays in a message; a real site ignores it.
+    """
+
+    name: str
+    node: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came back from a peer, or why nothing usable did.
+
+    Attributes
+    ----------
+    reason : str
+        Empty for a good reply.
+    """
+
+    peer: Peer
+    notes: dict[str, Note]
+    payload: bytes | None
+    reason: str
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+def exchange(
+    grid: Grid,
+    contents: Sequence[tuple[Peer, RecordDict]],
+    *,
+    kind: str,
+    group: str,
+    deadline: float,
+) -> list[Reply]:
+    """Send one message to each peer and return one reply each, in the order given.
+
+    A peer that has not answered ``deadline`` seconds after sending is reported as such; replies
+    are matched by the message they answer, since Flower reports a dead node's error under
+    another node id.
+
+    Parameters
+    ----------
+    kind : str
+        Flower message type, such as ``train`` or ``query.hello``.
+    group : str
+        Label of the messages, the round number.
+    """
+    start = time.monotonic()
+    messages = [
+        Message(content, dst_node_id=peer.node, message_type=kind, group_id=group, ttl=deadline + 60)
+        for peer, content in contents
+    ]
+    sizes = [wire_size(content) for _, content in contents]
+    identifiers = list(grid.push_messages(messages))
+    position: Mapping[str, int] = {identifier: index for index, identifier in enumerate(identifiers)}
+    found: dict[int, tuple[Message, float]] = {}
+    pause = 0.05
+    while len(found) < len(contents):
+        waiting = [name for name, index in position.items() if index not in found]
+        for message in grid.pull_messages(waiting):
+            index = position.get(message.metadata.reply_to_message_id)
+            if index is not None:
+                found[index] = (message, time.monotonic() - start)
+        if len(found) == len(contents) or time.monotonic() - start > deadline:
+            break
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.5)
+    return [
+        _reply(peer, found.get(index), bytes_down=sizes[index], deadline=deadline)
+        for index, (peer, _) in enumerate(contents)
+    ]
+
+
+def _reply(peer: Peer, found: tuple[Message, float] | None, *, bytes_down: int, deadline: float) -> Reply:
+    notes: dict[str, Note] = {}
+    payload, reason, size, seconds = None, "", 0, deadline
+    if found is None:
+        reason = f"no reply within {deadline:g} s"
+    else:
+        message, seconds = found
+        if message.has_error():
+            reason = f"the site's process failed (Flower error code {message.error.code})"
+        else:
+            size = wire_size(message.content)
+            try:
+                notes, payload = unpack(message.content)
+                reason = text(notes, "error")
+            except (FedllmError, ValueError) as error:
+                reason = str(error) if isinstance(error, WireError) else "unreadable reply"
+    return Reply(
+        peer=peer,
+        notes=notes,
+        payload=payload,
+        reason=reason,
+        bytes_down=bytes_down,
+        bytes_up=size,
+        seconds=seconds,
+    )

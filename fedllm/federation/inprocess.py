@@ -1,0 +1,111 @@
+"""A run in one process: the same messages and handlers, with no Ray and no SuperLink."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedllm.config import Config
+from fedllm.federation.client import client_app
+from fedllm.federation.server import serve
+from fedllm.runs.folder import RunFolder
+
+
+class InProcessGrid(Grid):
+    """Delivers each message to the ClientApp at once, one node a site."""
+
+    def __init__(self, app: ClientApp, *, nodes: int) -> None:
+        self._app = app
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"simulated": True},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node in range(1, nodes + 1)
+        }
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+        # outside a Flower process nobody has set who is speaking
+        TaskIdentity.run_id = 1
+        TaskIdentity.node_id = 0
+        TaskIdentity.task_id = 1
+
+    @property
+    def run(self) -> Run:
+        """Not available: there is no SuperLink behind this grid."""
+        raise NotImplementedError
+
+    def set_run(self, run: Run) -> None:
+        """Do nothing: there is one run."""
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Return a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return all nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Answer each message right away and return their ids."""
+        identifiers = []
+        for message in messages:
+            self._sent += 1
+            identifier = str(self._sent)
+            message.metadata.__dict__["_message_id"] = identifier
+            self._replies[identifier] = self._app(message, self._contexts[message.metadata.dst_node_id])
+            identifiers.append(identifier)
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to the given messages."""
+        return [self._replies.pop(name) for name in list(message_ids) if name in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push messages and return their replies."""
+        return self.pull_messages(self.push_messages(messages))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left.
+
+    Attributes
+    ----------
+    folder : RunFolder
+        The run folder: report, metrics, adapter, checkpoints.
+    """
+
+    folder: RunFolder
+
+
+def run(config: Config) -> RunResult:
+    """Run a recipe's sites and server one after another in this process.
+
+    Raises
+    ------
+    FedllmError
+        If a setting, the data or the model cannot be used, or the run failed.
+
+    Examples
+    --------
+    >>> import fedllm
+    >>> config = fedllm.Config.from_flat({"model.name": "tiny-llama", "federation.rounds": 1})
+    >>> fedllm.run(config).folder.report_file.name  # doctest: +SKIP
+    'report.html'
+    """
+    grid = InProcessGrid(client_app(), nodes=config.federation.sites)
+    return RunResult(serve(config.to_flat(), grid))

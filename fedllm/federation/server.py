@@ -1,0 +1,102 @@
+"""The server of one run, whatever carries the messages."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+
+from flwr.app import ArrayRecord, ConfigRecord
+from flwr.serverapp import Grid
+
+from fedllm.config import Config, Scalar
+from fedllm.errors import FedllmError, RunError
+from fedllm.federation.run import resume_run, start_run
+from fedllm.runs.events import append_event
+from fedllm.runs.folder import RunFolder, create_run, load_config, open_run
+from fedllm.runs.manifest import write_manifest
+from fedllm.runs.metrics import write_metrics
+from fedllm.runs.report import write_report
+
+
+def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
+    """Run a recipe's rounds over a grid and leave a complete run folder.
+
+    Parameters
+    ----------
+    values : Mapping[str, Scalar]
+        Flat settings; with ``run.resume`` all others are those of the folder.
+    grid : Grid
+        Flower's grid, or the in-process one.
+
+    Raises
+    ------
+    FedllmError
+        If the run could not be started or finished; the folder says why and can be resumed.
+    """
+    asked = Config.from_flat(values)
+    if asked.run.resume:
+        folder = open_run(asked.run.resume)
+        config = load_config(folder)
+    else:
+        folder = create_run(asked)
+        config = replace(asked, run=replace(asked.run, dir=str(folder.path)))
+    start = time.monotonic()
+    try:
+        if asked.run.resume:
+            run = resume_run(config, folder)
+        else:
+            run = start_run(config, folder)
+            append_event(
+                folder,
+                "run_started",
+                run_id=run.run_id,
+                simulated=True,
+                sites=config.federation.sites,
+                rounds=config.federation.rounds,
+                config=config.changed(),
+                versions={name: version(name) for name in ("fedllm", "flwr", "torch", "transformers", "peft")},
+            )
+        strategies = importlib.import_module("strategies")
+        strategy = strategies.make(run)
+        strategy.start(grid, ArrayRecord(), config.federation.rounds, config.federation.deadline, ConfigRecord())
+        write_manifest(
+            folder,
+            config=config,
+            model={"name": config.model.name, "architecture": run.spec.base, "weights": run.weights},
+            data={},
+            simulated=run.simulated,
+        )
+        append_event(folder, "run_finished", seconds=time.monotonic() - start)
+    except BaseException as error:
+        _record_failure(folder, error)
+        raise
+    finally:
+        _write_pages(folder)
+    return folder
+
+
+def _record_failure(folder: RunFolder, error: BaseException) -> None:
+    reason = str(error) if isinstance(error, FedllmError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        reason = "interrupted"
+    try:
+        append_event(folder, "run_failed", reason=f"{reason} (resume with run.resume={folder.path})")
+        if not isinstance(error, FedllmError):
+            (folder.path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    except (OSError, RunError):
+        # the disk may be what failed; the error itself is raised to the caller
+        return
+
+
+def _write_pages(folder: RunFolder) -> None:
+    try:
+        write_metrics(folder)
+        write_report(folder)
+    except (OSError, FedllmError) as error:
+        print(f"the report could not be written: {error}")
+
+

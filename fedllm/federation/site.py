@@ -1,0 +1,185 @@
+"""Who a client process is: a simulated site of the run, or a real site with its own policy."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+
+from fedllm.config import Config
+from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
+from fedllm.errors import BudgetError, PrivacyError
+from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.policy import SitePolicy, load_policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One site in one message.
+
+    Attributes
+    ----------
+    config : Config
+        The server's settings after the site's own policy replaced what is the site's to say.
+    folder : Path
+        Where ledger and cache live.
+    """
+
+    name: str
+    simulated: bool
+    policy: SitePolicy
+    config: Config
+    folder: Path
+    index: int
+
+    def data(self) -> SiteData:
+        """Load the site's records.
+
+        Raises
+        ------
+        DataError
+            If they cannot be used as the settings ask.
+        PrivacyError
+            If a privacy unit owns several records in a private run.
+        """
+        data = self.config.data
+        if self.simulated:
+            site = simulated_site(
+                data,
+                sites=self.config.federation.sites,
+                seed=self.config.run.seed,
+                index=self.index,
+                fold=self.config.evaluation.fold,
+            )
+        else:
+            site = site_from_file(
+                data,
+                path=self.policy.data_path,
+                heldout_path=self.policy.heldout_path,
+                name=self.name,
+                seed=self.config.run.seed,
+                fold=self.config.evaluation.fold,
+            )
+        if self.config.privacy.enabled and site.units_repeat:
+            raise PrivacyError(
+                f"site {self.name}: some values of data.unit={data.unit} own several records, and a private "
+                "run protects single records only, so far. Keep one record a unit."
+            )
+        return site
+
+    def ledger(self) -> Ledger:
+        """Open the site's privacy ledger."""
+        return Ledger(self.folder / "ledger.sqlite")
+
+    @property
+    def metrics_may_leave(self) -> bool:
+        """Return whether metrics on held-out records may be sent."""
+        return not self.config.privacy.enabled or self.config.data.heldout_public
+
+
+def identify(context: Context, config: Config, index: int) -> Site:
+    """Work out which site this process is.
+
+    A process whose node config names a policy is a real site: data path, columns and model
+    folder come from the policy, and a path sent by the server is refused. Without a policy only
+    a simulation may train.
+
+    Raises
+    ------
+    BudgetError
+        If the policy does not allow the settings, or there is no policy outside a simulation.
+    ConfigError
+        If the policy cannot be read.
+    """
+    if "policy" in context.node_config:
+        return _real_site(Path(str(context.node_config["policy"])), config)
+    if not (context.node_config.get("simulated") is True or in_simulation()):
+        raise BudgetError(
+            "this SuperNode names no site policy; start it with --node-config 'policy=\"/path/site.toml\"'."
+        )
+    name = site_names(config.data, sites=config.federation.sites)[index]
+    folder = Path(config.run.dir) / "sites" / name
+    policy = _simulated_policy(name, config)
+    path = folder / "policy.toml"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("# a simulated site\n" + policy.to_toml(), encoding="utf-8")
+    return Site(name=name, simulated=True, policy=policy, config=config, folder=folder, index=index)
+
+
+def _real_site(path: Path, config: Config) -> Site:
+    policy = load_policy(path)
+    if config.data.path or config.model.path:
+        raise BudgetError(
+            f"site {policy.site}: the server sent a file path (data.path or model.path); a site reads only "
+            "the files its own policy names."
+        )
+    if not policy.data_path:
+        raise BudgetError(f"site {policy.site}: its policy names no data_path.")
+    policy.require(config.privacy)
+    data = replace(
+        config.data,
+        source="file",
+        path="",
+        site="",
+        text=policy.text or config.data.text,
+        label=policy.label or config.data.label,
+        unit=policy.unit or config.data.unit,
+        heldout_public=bool(policy.heldout_path),
+    )
+    model = replace(config.model, path=policy.model_path)
+    return Site(
+        name=policy.site,
+        simulated=False,
+        policy=policy,
+        config=replace(config, data=data, model=model),
+        folder=Path(policy.state_dir),
+        index=0,
+    )
+
+
+def _simulated_policy(name: str, config: Config) -> SitePolicy:
+    """Return the policy a simulated site keeps in the run folder: the recipe's own budget."""
+    privacy = config.privacy
+    return SitePolicy(
+        site=name,
+        require_privacy=privacy.enabled,
+        max_epsilon=privacy.epsilon or 1e9,
+        max_delta=privacy.delta,
+        min_noise_multiplier=0.0,
+    )
+
+
+def in_simulation() -> bool:
+    """Return whether this process is an actor of Flower's simulation engine."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def use_threads(config: Config) -> int:
+    """Set torch to the site's share of the cores and return it.
+
+    OpenMP threads spin at barriers: two actors with two threads each on two cores are three
+    times slower than with one each.
+    """
+    threads = config.train.threads
+    if not threads and in_simulation():
+        import ray
+
+        threads = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)) or 1
+    threads = threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    return threads
+
+
+def public_reason(site: Site | None, error: Exception) -> str:
+    """Return an error's text for the server: folders of a real site's disk are cut off."""
+    message = str(error)
+    if site is not None and site.simulated:
+        return message
+    return re.sub(r"(?<![\w.])/(?:[^\s/:,;()]+/)+", "", message)

@@ -1,0 +1,190 @@
+"""Load what a run's settings name: config, tokenizer, frozen base."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from bitsandbytes.nn.modules import Linear4bit
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedllm.config import ModelSettings
+from fedllm.errors import ModelError
+from fedllm.models.pull import pull
+from fedllm.models.quiet import quiet
+from fedllm.models.registry import EMBEDDED
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def resolve(model: ModelSettings) -> Path | str:
+    """Return the folder of the base model, or its hub name.
+
+    ``model.path`` comes first, then the embedded models (made in the cache where needed), then the
+    name as a hub knows it.
+
+    Raises
+    ------
+    ModelError
+        If model.path is not a folder with config.json, or an embedded model cannot be made.
+    """
+    if model.path:
+        folder = Path(model.path).expanduser()
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise ModelError(
+                f"model.path: {folder} {what}. Give a folder with config.json, weights and tokenizer."
+            )
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"model.path: {folder} has no config.json. Copy the whole model folder: config.json, "
+                "*.safetensors and the tokenizer's files."
+            )
+        return folder
+    return pull(model.name) if model.name in EMBEDDED else model.name
+
+
+def load_config(model: ModelSettings) -> PretrainedConfig:
+    """Read the model's config; its weights are never touched.
+
+    Raises
+    ------
+    ModelError
+        If the name is unknown, the hub cannot be reached, or the config cannot be read or is not one
+        of a causal language model.
+    """
+    source = resolve(model)
+    with quiet(), _explained(source, "config.json"):
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    names = config.architectures or []
+    if names and not any(name.endswith(GENERATIVE) for name in names):
+        raise ModelError(
+            f"{source}: {names[0]} is not a causal language model, so it cannot be fine-tuned here. "
+            f"Choose another model.name, such as smollm2-135m-instruct."
+        )
+    return config
+
+
+def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer: it pads at the right, with its end token where it has no padding token.
+
+    Raises
+    ------
+    ModelError
+        If its files are missing or damaged, or it has neither a padding nor an end token.
+    """
+    source = resolve(model)
+    if isinstance(source, Path) and not any(source.glob("*token*")) and not any(source.glob("vocab*")):
+        raise ModelError(f"{source}: no tokenizer files (tokenizer.json). Copy the whole model folder.")
+    with quiet(), _explained(source, "tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(
+                f"{source}: the tokenizer has neither a padding nor an end token. "
+                'Set "pad_token" or "eos_token" in its tokenizer_config.json.'
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+def load_base(model: ModelSettings) -> PreTrainedModel:
+    """Load the frozen base in evaluation mode on the device accelerate chooses.
+
+    With ``model.quantization`` its linear layers hold bitsandbytes codes (nf4 for 4bit) and compute
+    in ``model.dtype``.
+
+    Raises
+    ------
+    ModelError
+        If the weights are missing, damaged or incomplete, are not safetensors, or belong to a model
+        that is not a causal language model.
+    """
+    config = load_config(model)
+    source = resolve(model)
+    dtype = DTYPES[model.dtype]
+    device = PartialState().device
+    options: dict[str, Any] = {}
+    if model.quantization != "none":
+        options = {"quantization_config": _quantization(model.quantization, dtype)}
+    with quiet(), _explained(source, "weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            use_safetensors=True,  # the other format can run code when it is read
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    base: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source}: the weights lack {len(missing)} matrices of the model, first '{missing[0]}'. "
+            "They would be random. Copy the whole model folder again."
+        )
+    base.requires_grad_(False)
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            # On some processors an evaluation pass would repack the codes into a layout through which
+            # no gradient flows: training after evaluation would silently lose it.
+            module.support_avx512bf16_for_cpu = False
+    base.eval()
+    return base
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "4bit":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**options)
+
+
+@contextmanager
+def _explained(source: Path | str, part: str) -> Iterator[None]:
+    """Turn what the loaders raise into an error that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            _hub_message(source) if isinstance(source, str) else _folder_message(source, part, error)
+        ) from error
+
+
+def _hub_message(name: str) -> str:
+    near = difflib.get_close_matches(name, EMBEDDED, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return (
+        f"model.name: '{name}' is not an embedded model ({', '.join(EMBEDDED)}) and could not be loaded "
+        f"from the Hugging Face hub (no network, no such name, no access, or no safetensors).{hint} "
+        "Without a network set model.path to a folder with config.json, weights and tokenizer."
+    )
+
+
+def _folder_message(folder: Path, part: str, error: Exception) -> str:
+    if folder.name in EMBEDDED and (folder / "fedllm.json").is_file():
+        remedy = f"Remove the folder and run `fedllm models pull {folder.name}`."
+    else:
+        remedy = "Copy the whole model folder again: config.json, *.safetensors and the tokenizer's files."
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{folder}: {part} cannot be loaded ({reason}). {remedy}"

@@ -1,0 +1,130 @@
+"""Which linear layers a run adapts, and their shapes, read off a model without weights."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fedllm.errors import ConfigError, ModelError
+from fedllm.models.quiet import quiet
+
+LAYER_INDEX = re.compile(r"\.(\d+)\.")
+
+
+def linear_shapes(config: PretrainedConfig, *, targets: str, layers: str) -> dict[str, tuple[int, int]]:
+    """Return the linear layers to adapt.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of a causal language model.
+    targets : str
+        ``all-linear`` (every linear layer but the output head), or module names separated by commas
+        such as ``q_proj,v_proj``.
+    layers : str
+        Layer numbers and ranges such as ``15-29`` or ``0,3,5``; empty: all. Modules outside the
+        numbered layers are not filtered.
+
+    Returns
+    -------
+    dict[str, tuple[int, int]]
+        Module path -> (out, in), in model order.
+
+    Raises
+    ------
+    ConfigError
+        If a target or layer does not exist, or nothing is left to adapt.
+    """
+    model = _without_weights(config)
+    head = model.get_output_embeddings()
+    linear = {
+        path: (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    if not linear:
+        raise ConfigError(
+            f"model: a {config.model_type} has no linear layers to adapt. Choose another model."
+        )
+    suffixes = _parse_targets(targets, list(linear))
+    numbers = {path: int(found[1]) for path in linear if (found := LAYER_INDEX.search(path))}
+    chosen = _parse_layers(layers, count=max(numbers.values(), default=-1) + 1)
+    shapes = {
+        path: shape
+        for path, shape in linear.items()
+        if (suffixes is None or any(_ends_with(path, suffix) for suffix in suffixes))
+        and (chosen is None or path not in numbers or numbers[path] in chosen)
+    }
+    if not shapes:
+        raise ConfigError(
+            f"adapter.targets={targets}, adapter.layers={layers}: no linear layer is left to adapt."
+        )
+    return shapes
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Return the number of parameters of the model; tied ones count once."""
+    model = _without_weights(config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        with quiet(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=False
+            )
+    except ValueError as error:
+        raise ModelError(
+            f"model: a {config.model_type} is not a causal language model. Choose another model.name."
+        ) from error
+    return model
+
+
+def _ends_with(path: str, suffix: str) -> bool:
+    return path == suffix or path.endswith(f".{suffix}")
+
+
+def _parse_targets(targets: str, paths: list[str]) -> list[str] | None:
+    """Return the suffixes asked for, or None for all."""
+    if targets.strip() == "all-linear":
+        return None
+    suffixes = [name.strip() for name in targets.split(",") if name.strip()]
+    available = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    if not suffixes:
+        raise ConfigError(f"adapter.targets: empty. Give all-linear or some of {', '.join(available)}.")
+    for suffix in suffixes:
+        if not any(_ends_with(path, suffix) for path in paths):
+            near = difflib.get_close_matches(suffix, [*available, "all-linear"], n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(
+                f"adapter.targets: the model has no linear layer '{suffix}'. "
+                f"It has {', '.join(available)}.{hint}"
+            )
+    return suffixes
+
+
+def _parse_layers(layers: str, *, count: int) -> set[int] | None:
+    """Return the layer numbers asked for, or None for all."""
+    if not layers.strip():
+        return None
+    chosen: set[int] = set()
+    for part in layers.split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if found is None:
+            raise ConfigError(
+                f"adapter.layers: '{part.strip()}' is neither a layer nor a range, such as 3 or 15-29."
+            )
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first > last:
+            raise ConfigError(f"adapter.layers: {first}-{last} runs backwards; write {last}-{first}.")
+        if last >= count:
+            raise ConfigError(f"adapter.layers: the model has layers 0-{count - 1}, got {part.strip()}.")
+        chosen.update(range(first, last + 1))
+    return chosen

@@ -1,0 +1,142 @@
+"""A site's durable record of what was spent on each of its data sets.
+
+Every spend is booked and synced to disk before its noise is drawn, so that a crash can only
+count too much. Rows are chained by hashes: an altered, removed or reordered row is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedllm.errors import PrivacyError
+from fedllm.privacy.accounting import ACCOUNTANT, RELATION, SAMPLER, Spend
+
+GENESIS = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One booked spend.
+
+    Attributes
+    ----------
+    dataset : str
+        Name of the data set in the site's policy.
+    run, round : str, int
+        The run and round it was booked for.
+    clipping_norm : float
+        C; the noise's deviation is ``noise_multiplier * C``.
+    """
+
+    dataset: str
+    run: str
+    round: int
+    clipping_norm: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    time: str
+    relation: str = RELATION
+    sampler: str = SAMPLER
+    accountant: str = ACCOUNTANT
+
+    @property
+    def spend(self) -> Spend:
+        """Return what the accountant needs."""
+        return Spend(
+            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps
+        )
+
+
+class Ledger:
+    """Append-only SQLite file of :class:`Entry` rows, chained by sha256.
+
+    Raises
+    ------
+    PrivacyError
+        On opening or reading, if the file is damaged or the chain is broken: training stops
+        rather than guess what was spent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._connect() as database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS entries "
+                    "(number INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)"
+                )
+        except (OSError, sqlite3.Error) as error:
+            raise PrivacyError(f"{path}: the privacy ledger cannot be opened ({error}).") from None
+
+    @contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        database = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+        try:
+            database.execute("PRAGMA journal_mode=DELETE")
+            database.execute("PRAGMA synchronous=EXTRA")
+            yield database
+        finally:
+            database.close()
+
+    def book(self, entry: Entry) -> None:
+        """Append an entry; on return it is on disk.
+
+        Raises
+        ------
+        PrivacyError
+            If it cannot be written (then nothing may be released).
+        """
+        try:
+            with self._connect() as database:
+                database.execute("BEGIN IMMEDIATE")
+                rows = self._verified(database)
+                number, head = len(rows) + 1, rows[-1][1] if rows else GENESIS
+                body = json.dumps(asdict(entry), sort_keys=True)
+                database.execute(
+                    "INSERT INTO entries VALUES (?, ?, ?)", (number, body, _link(number, head, body))
+                )
+                database.execute("COMMIT")
+        except (OSError, sqlite3.Error) as error:
+            raise PrivacyError(f"{self.path}: the spend could not be booked ({error}).") from None
+
+    def entries(self, *, dataset: str | None = None) -> tuple[Entry, ...]:
+        """Return all entries, or those of one data set, oldest first."""
+        try:
+            with self._connect() as database:
+                rows = self._verified(database)
+        except (OSError, sqlite3.Error) as error:
+            raise PrivacyError(f"{self.path}: the privacy ledger cannot be read ({error}).") from None
+        entries = tuple(Entry(**json.loads(body)) for body, _ in rows)
+        return tuple(entry for entry in entries if dataset in (None, entry.dataset))
+
+    @property
+    def head(self) -> str:
+        """Return the hash of the newest row, to be kept elsewhere against rollback."""
+        with self._connect() as database:
+            rows = self._verified(database)
+        return rows[-1][1] if rows else GENESIS
+
+    def _verified(self, database: sqlite3.Connection) -> list[tuple[str, str]]:
+        rows: list[tuple[str, str]] = []
+        head = GENESIS
+        for number, body, link in database.execute("SELECT number, body, hash FROM entries ORDER BY number"):
+            if number != len(rows) + 1 or link != _link(number, head, body):
+                raise PrivacyError(
+                    f"{self.path}: the privacy ledger is damaged at row {number}; restore it from a "
+                    "backup. Training stays refused, since what was spent is unknown."
+                )
+            rows.append((body, link))
+            head = link
+        return rows
+
+
+def _link(number: int, head: str, body: str) -> str:
+    return hashlib.sha256(f"{number}\n{head}\n{body}".encode()).hexdigest()

@@ -1,0 +1,128 @@
+"""The site's own policy: what its owner allows, whatever a server asks."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import tomli_w
+
+from fedllm.config import PrivacySettings
+from fedllm.errors import BudgetError, ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePolicy:
+    """A site's data and limits; the file never leaves the site.
+
+    Attributes
+    ----------
+    site : str
+        Name under which the site appears in the run.
+    data_path : str
+        The site's own csv, jsonl or parquet file; empty for simulated sites.
+    text, label, unit : str
+        Column names in that file, which win over the recipe's.
+    require_privacy : bool
+        Refuse runs without differential privacy.
+    max_epsilon, max_delta : float
+        Largest total spend on this data set over all runs, at ``max_delta``.
+    min_noise_multiplier : float
+        Least noise a run may use.
+    state_dir : str
+        Folder of ledger and cache; relative to the policy file.
+    dataset : str
+        Name under which the ledger books what is spent on this data; two files with the same
+        patients or customers belong under one name.
+    heldout_path : str
+        A file of public records to evaluate on. Without it a private run sends no metric from a
+        real site.
+    model_path : str
+        The site's own folder with the base model; empty: the recipe's model by name.
+    """
+
+    site: str
+    data_path: str = ""
+    text: str = ""
+    label: str = ""
+    unit: str = ""
+    require_privacy: bool = True
+    max_epsilon: float = 8.0
+    max_delta: float = 1e-5
+    min_noise_multiplier: float = 0.3
+    state_dir: str = "state"
+    dataset: str = "records"
+    heldout_path: str = ""
+    model_path: str = ""
+
+    def to_toml(self) -> str:
+        """Return the policy as TOML text."""
+        return tomli_w.dumps({item.name: getattr(self, item.name) for item in fields(self)})
+
+    def require(self, privacy: PrivacySettings) -> None:
+        """Refuse settings the policy does not allow, before any data is read.
+
+        Raises
+        ------
+        BudgetError
+            Naming the setting and the limit.
+        """
+        if not privacy.enabled:
+            if self.require_privacy:
+                raise BudgetError(f"site {self.site}: its policy requires privacy.enabled=true.")
+            return
+        if privacy.delta > self.max_delta:
+            raise BudgetError(
+                f"site {self.site}: privacy.delta={privacy.delta:g} exceeds its policy's {self.max_delta:g}."
+            )
+        if privacy.epsilon > self.max_epsilon:
+            raise BudgetError(
+                f"site {self.site}: privacy.epsilon={privacy.epsilon:g} exceeds its policy's "
+                f"{self.max_epsilon:g}."
+            )
+
+    def require_noise(self, noise_multiplier: float) -> None:
+        """Refuse less noise than the policy's least.
+
+        Raises
+        ------
+        BudgetError
+            Naming both numbers.
+        """
+        if noise_multiplier < self.min_noise_multiplier:
+            raise BudgetError(
+                f"site {self.site}: a noise multiplier of {noise_multiplier:.3f} is below its policy's least, "
+                f"{self.min_noise_multiplier:g}; use a smaller epsilon or fewer steps."
+            )
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Read a policy file; relative paths in it are taken from its folder.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing, not TOML, or holds an unknown or wrongly typed key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such site policy (node-config policy=PATH).") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable site policy: {error}.") from None
+    known = {item.name: item for item in fields(SitePolicy)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key '{key}'; known are {', '.join(known)}.")
+        kind = str(known[key].type)
+        if kind == "float" and type(value) is int:
+            values[key] = value = float(value)
+        if type(value).__name__ != kind:
+            raise ConfigError(f"{path}: {key} needs a value of type {kind}.")
+    if not values.get("site"):
+        raise ConfigError(f"{path}: the key 'site' (the site's name in the run) is missing.")
+    for key in ("data_path", "heldout_path", "state_dir", "model_path"):
+        if values.get(key) or key == "state_dir":
+            values[key] = str(path.parent / values.get(key, "state"))
+    return SitePolicy(**values)

@@ -1,0 +1,1 @@
+"""A run's folder: settings, events, metrics, checkpoints, manifest and report."""

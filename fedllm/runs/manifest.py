@@ -1,0 +1,123 @@
+"""The manifest: which versions, seeds, settings and data made a run's numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedllm.config import Config
+from fedllm.errors import RunError
+from fedllm.runs.folder import RunFolder, atomic_write
+
+PACKAGES = ("fedllm", "torch", "flwr", "transformers", "peft", "opacus", "dp-accounting", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the version of Python and of every package that shapes a result."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def config_digest(config: Config) -> str:
+    """Return the sha256 of all settings as canonical JSON, as hex."""
+    text = json.dumps(config.to_flat(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(
+    folder: RunFolder,
+    *,
+    config: Config,
+    model: Mapping[str, str],
+    data: Mapping[str, str],
+    simulated: bool,
+) -> Path:
+    """Write ``manifest.json``. It names no host and no path of this machine.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        The run.
+    config : Config
+        Its settings.
+    model : Mapping[str, str]
+        What identifies the base model, such as name and weights hash.
+    data : Mapping[str, str]
+        Site -> fingerprint of its data; empty where the site withholds it.
+    simulated : bool
+        Whether the sites ran on one machine.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    manifest = {
+        "schema": 1,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "commit": _commit(),
+        "platform": {
+            "system": platform.system(),
+            "machine": platform.machine(),
+            "cpus": os.cpu_count() or 0,
+        },
+        "seeds": {"run.seed": config.run.seed},
+        "config_sha256": config_digest(config),
+        "simulated": simulated,
+        "model": dict(model),
+        "data": dict(data),
+    }
+    atomic_write(folder.manifest_file, json.dumps(manifest, indent=2).encode() + b"\n")
+    return folder.manifest_file
+
+
+def read_manifest(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the manifest, or None when the run has not written it yet.
+
+    Raises
+    ------
+    RunError
+        If the file is not a manifest.
+    """
+    try:
+        manifest = json.loads(folder.manifest_file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise RunError(f"{folder.manifest_file}: not a readable manifest; restore or remove it.") from None
+    if not isinstance(manifest, dict):
+        raise RunError(f"{folder.manifest_file}: not a manifest; restore or remove it.")
+    return manifest
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _commit() -> str:
+    """Return the commit of the checkout fedllm runs from (``-dirty`` when changed), or ''."""
+    here = Path(__file__)
+    # An installed fedllm may lie inside somebody else's checkout: only one that tracks it counts.
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    return tracked and _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

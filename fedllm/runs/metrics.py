@@ -1,0 +1,170 @@
+"""The table of a run, derived from its events and so rebuilt at any time."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from fedllm.config import Config
+from fedllm.runs.events import Event, read_events
+from fedllm.runs.folder import RunFolder, atomic_write, load_config
+
+FEDERATION = "federation"
+WITHHELD = "withheld"
+METRICS = ("loss", "accuracy", "macro_f1")
+COLUMNS = (
+    "round",
+    "site",
+    "accepted",
+    "reason",
+    *METRICS,
+    "epsilon",
+    "bytes_up",
+    "bytes_down",
+    "seconds",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one site (or the federation) did in one round.
+
+    Attributes
+    ----------
+    accepted : int
+        1 or 0 for a site, the number of accepted replies for the federation.
+    loss, accuracy, macro_f1 : float or None
+        On held-out records; for the federation the plain mean over the sites that released them.
+    epsilon : float or None
+        Spent over all rounds so far; for the federation the largest.
+    bytes_up, bytes_down : int
+        As serialised; for the federation the sum.
+    seconds : float or None
+        Wall time; None while a round is not finished.
+    """
+
+    round: int
+    site: str
+    accepted: int
+    reason: str
+    loss: float | None
+    accuracy: float | None
+    macro_f1: float | None
+    epsilon: float | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundMetrics:
+    """The rows of one round: one a site, and the whole federation's."""
+
+    round: int
+    sites: tuple[Row, ...]
+    federation: Row
+
+
+def metrics_withheld(config: Config) -> bool:
+    """Return whether sites of this run keep their held-out metrics to themselves."""
+    return config.privacy.enabled and not config.data.heldout_public
+
+
+def round_metrics(events: Iterable[Event]) -> list[RoundMetrics]:
+    """Return the metrics of every round, in order.
+
+    A round that starts again (after a resume) replaces its earlier attempt and all later rounds.
+    """
+    replies: dict[int, dict[str, Event]] = {}
+    seconds: dict[int, float] = {}
+    for event in events:
+        match event["event"]:
+            case "round_started":
+                for number in [number for number in replies if number >= event["round"]]:
+                    del replies[number]
+                    seconds.pop(number, None)
+            case "site_reply":
+                replies.setdefault(event["round"], {})[event["site"]] = event
+            case "round_finished":
+                seconds[event["round"]] = event["seconds"]
+    return [
+        _round_metrics(number, list(replies[number].values()), seconds.get(number))
+        for number in sorted(replies)
+    ]
+
+
+def write_metrics(folder: RunFolder) -> Path:
+    """Write ``metrics.csv`` anew from the events.
+
+    Raises
+    ------
+    RunError
+        If settings or events cannot be read, or the table cannot be written.
+    """
+    absent = WITHHELD if metrics_withheld(load_config(folder)) else ""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for metrics in round_metrics(read_events(folder)):
+        for row in (*metrics.sites, metrics.federation):
+            writer.writerow(_cells(row, absent if row.accepted else ""))
+    atomic_write(folder.metrics_file, text.getvalue().encode("utf-8", "replace"))
+    return folder.metrics_file
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the values that are there, or None when there are none."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _round_metrics(number: int, replies: Sequence[Event], seconds: float | None) -> RoundMetrics:
+    sites = tuple(
+        Row(
+            round=number,
+            site=reply["site"],
+            accepted=int(reply["accepted"]),
+            reason=reply["reason"],
+            loss=reply["loss"],
+            accuracy=reply["accuracy"],
+            macro_f1=reply["macro_f1"],
+            epsilon=reply["epsilon"],
+            bytes_up=reply["bytes_up"],
+            bytes_down=reply["bytes_down"],
+            seconds=reply["seconds"],
+        )
+        for reply in replies
+    )
+    used = [row for row in sites if row.accepted]
+    federation = Row(
+        round=number,
+        site=FEDERATION,
+        accepted=len(used),
+        reason="",
+        loss=mean(row.loss for row in used),
+        accuracy=mean(row.accuracy for row in used),
+        macro_f1=mean(row.macro_f1 for row in used),
+        epsilon=max((row.epsilon for row in sites if row.epsilon is not None), default=None),
+        bytes_up=sum(row.bytes_up for row in sites),
+        bytes_down=sum(row.bytes_down for row in sites),
+        seconds=seconds,
+    )
+    return RoundMetrics(round=number, sites=sites, federation=federation)
+
+
+def _cells(row: Row, absent: str) -> list[object]:
+    """Return a row's cells; a reply that was set aside withheld nothing, its metrics are empty."""
+    metrics = [absent if value is None else value for value in (row.loss, row.accuracy, row.macro_f1)]
+    rest = [
+        "" if value is None else value for value in (row.epsilon, row.bytes_up, row.bytes_down, row.seconds)
+    ]
+    return [row.round, _plain_text(row.site), row.accepted, _plain_text(row.reason), *metrics, *rest]
+
+
+def _plain_text(text: str) -> str:
+    """Keep a spreadsheet from reading another party's text as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

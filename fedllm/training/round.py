@@ -1,0 +1,191 @@
+"""One site's round: from the adapter received to the adapter sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedllm.adapters.method import read_state, write_state
+from fedllm.adapters.state import AdapterState
+from fedllm.config import Config
+from fedllm.data.order import batch_indices
+from fedllm.errors import PrivacyError, RunError
+from fedllm.evaluation.metrics import Scores, accuracy, macro_f1
+from fedllm.evaluation.scoring import label_log_likelihoods
+from fedllm.models.fingerprint import weights_fingerprint
+from fedllm.privacy.noise import SecureGenerator, poisson_sample
+from fedllm.privacy.plan import PrivacyPlan
+from fedllm.training.session import Session, SiteTokens, record_losses
+from fedllm.training.steps import (
+    collate,
+    learning_rate,
+    micro_batches,
+    plain_gradients,
+    private_gradients,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """What training left at the site; only ``state`` travels in a private run.
+
+    Attributes
+    ----------
+    loss : float or None
+        Mean training loss of the round's batches, None in private runs.
+    """
+
+    state: AdapterState
+    loss: float | None
+
+
+def train_round(
+    session: Session,
+    site: SiteTokens,
+    *,
+    config: Config,
+    state: AdapterState,
+    round: int,
+    plan: PrivacyPlan | None,
+) -> RoundResult:
+    """Train ``train.local_steps`` steps from a received state.
+
+    Optimiser moments start anew each round; the learning rate and the order of the records go on
+    over the whole run and depend on (seed, site, step) alone, so a resumed run repeats what an
+    undisturbed one does.
+
+    Raises
+    ------
+    PrivacyError
+        If ``plan`` is given and the private path cannot be proven active.
+    RunError
+        If training diverged to NaN or infinity.
+    """
+    train = config.train
+    write_state(session.method, session.model, state)
+    session.model.train(config.adapter.dropout > 0)
+    optimizer = torch.optim.AdamW(
+        list(session.parameters.values()), lr=train.lr, weight_decay=train.weight_decay
+    )
+    generator = SecureGenerator()
+    torch.manual_seed(_dropout_seed(config, site.name, round))
+    total = train.local_steps * config.federation.rounds
+    losses = []
+    for local in range(train.local_steps):
+        step = (round - 1) * train.local_steps + local
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, step=step, total=total)
+        optimizer.zero_grad(set_to_none=True)
+        if plan is None:
+            chosen = batch_indices(
+                len(site.train),
+                batch_size=train.batch_size * train.accumulation,
+                step=step,
+                seed=config.run.seed,
+                site=site.name,
+            )
+            records = [site.train[index] for index in chosen]
+            losses.append(plain_gradients(session, records, micro_batch=train.micro_batch))
+            optimizer.step()
+        else:
+            chosen = poisson_sample(len(site.train), rate=plan.sample_rate, generator=generator)
+            records = [site.train[index] for index in chosen]
+            private_gradients(
+                session, records, plan=plan, generator=generator, micro_batch=train.micro_batch
+            )
+            _checked_step(session, optimizer, first=local == 0)
+    optimizer.zero_grad(set_to_none=True)
+    result = read_state(session.method, session.model, session.spec)
+    if not all(np.isfinite(value).all() for value in result.tensors.values()):
+        raise RunError(f"site {site.name}: training diverged (NaN or infinity); lower train.lr.")
+    return RoundResult(state=result, loss=sum(losses) / len(losses) if losses else None)
+
+
+def evaluate(
+    session: Session,
+    site: SiteTokens,
+    *,
+    config: Config,
+    state: AdapterState | None,
+    records: int,
+) -> Scores | None:
+    """Score a site's held-out records, the first ``records`` of them (0: all).
+
+    Parameters
+    ----------
+    state : AdapterState or None
+        The adapter to evaluate; None: the untuned base.
+
+    Returns
+    -------
+    Scores or None
+        None if the site has no held-out records.
+    """
+    chosen = site.heldout[: records or None]
+    if not chosen:
+        return None
+    zero = session.method.initial_state(session.spec, seed="0")
+    write_state(session.method, session.model, zero if state is None else state)
+    session.model.eval()
+    size = config.evaluation.batch_size
+    if config.data.task == "generate":
+        with torch.no_grad():
+            losses = [
+                float(record_losses(session.base, collate(chunk, session.pad_id)).sum())
+                for chunk in micro_batches(chosen, size)
+            ]
+        return Scores(records=len(chosen), loss=sum(losses) / len(chosen), accuracy=None, macro_f1=None)
+    truth, guess, loss = [], [], 0.0
+    for start in range(0, len(chosen), size):
+        part = chosen[start : start + size]
+        scores = label_log_likelihoods(
+            session.base, [record.prompt for record in part], site.label_tokens, pad_id=session.pad_id
+        )
+        guess += [site.labels[int(index)] for index in scores.argmax(dim=1)]
+        part_truth = site.heldout_labels[start : start + len(part)]
+        truth += part_truth
+        for row, label in enumerate(part_truth):
+            column = site.labels.index(label)
+            loss -= float(scores[row, column]) / len(site.label_tokens[column])
+    return Scores(
+        records=len(chosen),
+        loss=loss / len(chosen),
+        accuracy=accuracy(truth, guess),
+        macro_f1=macro_f1(truth, guess),
+    )
+
+
+def _checked_step(session: Session, optimizer: torch.optim.Optimizer, *, first: bool) -> None:
+    """Take a step; after a round's first one, prove that the adapter moved and the base did not."""
+    if not first:
+        optimizer.step()
+        return
+    before = {key: value.detach().clone() for key, value in session.parameters.items()}
+    frozen = frozen_fingerprint(session)
+    optimizer.step()
+    _require_moved(before, session.parameters)
+    if frozen_fingerprint(session) != frozen:
+        raise PrivacyError("a frozen weight moved in the first private step; training was stopped.")
+
+
+def frozen_fingerprint(session: Session) -> str:
+    """Return a fingerprint of everything that must not train."""
+    return weights_fingerprint(session.model, exclude=session.parameters.values())
+
+
+def _require_moved(before: Mapping[str, Tensor], after: Mapping[str, nn.Parameter]) -> None:
+    still = [key for key, value in after.items() if torch.equal(value.detach(), before[key])]
+    if still:
+        raise PrivacyError(
+            f"{still[0]} did not move in the first private step ({len(still)} matrices in all); "
+            "check train.lr. Training was stopped."
+        )
+
+
+def _dropout_seed(config: Config, site: str, round: int) -> int:
+    """Return the seed of dropout: a pure function of run seed, site and round."""
+    return int(np.random.SeedSequence([config.run.seed, round, *site.encode()]).generate_state(1)[0])
