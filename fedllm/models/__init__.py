@@ -2,5 +2,5 @@
 
 import logging
 
-# bitsandbytes warns at import when an optional CPU kernel is absent; its own code is used then.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# bitsandbytes warns of an absent optional CPU kernel, and at every 8-bit product of its input's cast.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,155 @@
+"""The report's plots: small SVGs whose colours are the page's CSS variables.
+
+Drawn in placeholder colours that are then replaced by variables, so that one drawing suits light
+and dark. Text stays text; names of sites stand only in escaped ``<title>`` elements.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, PercentFormatter, ScalarFormatter
+
+Values = Sequence[float | None]
+
+TEXT, GRID, SITE, MAIN, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
+VARIABLES = {
+    TEXT: "var(--muted)",
+    GRID: "var(--line)",
+    SITE: "var(--site)",
+    MAIN: "var(--accent)",
+    SECOND: "var(--second)",
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedllm",
+    "font.size": 9.5,
+    "text.color": TEXT,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "xtick.labelcolor": TEXT,
+    "ytick.color": GRID,
+    "ytick.labelcolor": TEXT,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+#: Inches at 72 points: close to the width of a phone, so that text keeps its size there.
+SIZE = (4.4, 2.6)
+MARKED_ROUNDS = 40
+
+
+def metric_plot(
+    name: str,
+    *,
+    rounds: Sequence[int],
+    sites: Mapping[str, Values],
+    mean: Values,
+    share: bool = False,
+) -> str:
+    """Draw a metric a round: one thin line a site and the thick mean.
+
+    Parameters
+    ----------
+    name : str
+        What is drawn, for screen readers.
+    rounds : Sequence[int]
+        The rounds, R of them.
+    sites : Mapping[str, Values]
+        Site -> R values, None where there is none.
+    mean : Values
+        R values of the federation.
+    share : bool
+        Show values as percentages.
+
+    Returns
+    -------
+    str
+        An ``<svg>`` element.
+    """
+    formatter = PercentFormatter(1.0, decimals=0) if share else ScalarFormatter(useOffset=False)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(rounds, formatter)
+        _site_lines(axes, rounds, sites)
+        _line(axes, rounds, mean, color=MAIN, linewidth=2.6, zorder=3)
+        if share:
+            axes.set_ylim(bottom=0)
+        return _svg(figure, name, list(sites))
+
+
+def epsilon_plot(
+    name: str, *, rounds: Sequence[int], sites: Mapping[str, Values], budget: float | None
+) -> str:
+    """Draw the epsilon each site has spent after each round, and the budget as a dashed line."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(rounds, ScalarFormatter(useOffset=False))
+        _site_lines(axes, rounds, sites)
+        if budget is not None:
+            axes.axhline(budget, color=SECOND, linewidth=1.6, linestyle=(0, (4, 3)))
+        axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
+        return _svg(figure, name, list(sites))
+
+
+def bytes_plot(name: str, *, rounds: Sequence[int], up: Sequence[int], down: Sequence[int]) -> str:
+    """Draw the bytes all sites together sent up (left bars) and received (right bars) a round."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(rounds, EngFormatter(unit="B"))
+        axes.bar([number - 0.2 for number in rounds], up, width=0.36, color=MAIN)
+        axes.bar([number + 0.2 for number in rounds], down, width=0.36, color=SECOND)
+        return _svg(figure, name, [])
+
+
+def _axes(rounds: Sequence[int], formatter: Formatter) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("round")
+    axes.set_xlim(rounds[0] - 0.5, rounds[-1] + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axes.yaxis.set_major_formatter(formatter)
+    return figure, axes
+
+
+def _site_lines(axes: Axes, rounds: Sequence[int], sites: Mapping[str, Values]) -> None:
+    for index, values in enumerate(sites.values()):
+        _line(axes, rounds, values, color=SITE, linewidth=1.1, gid=f"site-{index}")
+
+
+def _line(axes: Axes, rounds: Sequence[int], values: Values, **style: str | float) -> None:
+    heights = [float("nan") if value is None else value for value in values]
+    marker = "o" if len(rounds) <= MARKED_ROUNDS else ""
+    axes.plot(rounds, heights, marker=marker, markersize=2.5, **style)  # type: ignore[arg-type]
+
+
+def _svg(figure: Figure, name: str, titles: Sequence[str]) -> str:
+    """Return the figure as one element that fits its container and shares no id with another."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    prefix = re.sub(r"\W+", "-", name.lower())
+    for reference in ('id="', "url(#", 'href="#'):
+        text = text.replace(reference, f"{reference}{prefix}-")
+    for index, title in enumerate(titles):
+        group = f'<g id="{prefix}-site-{index}">'
+        text = text.replace(group, f"{group}<title>{escape(title)}</title>")
+    head, _, body = text[text.index("<svg") :].partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None, "matplotlib writes a viewBox"
+    return f'<svg {box[0]} role="img" aria-label="{escape(name)}">{body}'

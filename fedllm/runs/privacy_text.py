@@ -1,0 +1,91 @@
+"""What a run's report says about privacy: the guarantee in its terms, and what it leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedllm.config import Config
+
+
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """Sentences, and a table of facts (empty when the run is not private)."""
+
+    sentences: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
+def privacy_statement(
+    config: Config, *, epsilons: Mapping[str, float | None], simulated: bool | None
+) -> PrivacyStatement:
+    """State what a run protects.
+
+    Parameters
+    ----------
+    config : Config
+        The settings of the run.
+    epsilons : Mapping[str, float or None]
+        Site -> epsilon it has spent over all its rounds; None while it has reported none.
+    simulated : bool or None
+        Whether the sites ran on one machine; None before the run has started.
+    """
+    if not config.privacy.enabled:
+        return PrivacyStatement(
+            (
+                "This run is not private. Records stay at their site, but adapter updates and metrics "
+                "leave it without noise, and updates can reveal records to whoever sees them.",
+                *_simulation(simulated),
+            ),
+            (),
+        )
+    privacy = config.privacy
+    unit = "one record at a site"
+    if config.data.unit:
+        unit = f"all records of one '{config.data.unit}' at a site"
+    spent = [f"{name}: {value:.2f}" for name, value in epsilons.items() if value is not None]
+    noise = (
+        f"{privacy.noise_multiplier:g}"
+        if privacy.noise_multiplier
+        else "derived by each site from its budget"
+    )
+    budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else "each site's own policy"
+    heldout = (
+        "metrics on held-out records, which the recipe declares public"
+        if config.data.heldout_public
+        else "nothing measured on private records: losses and metrics are withheld"
+    )
+    return PrivacyStatement(
+        (
+            "Each site clips and noises its gradients before an update leaves it. The guarantee holds "
+            "towards the server, the other sites and everyone who gets the adapter.",
+            *_simulation(simulated),
+        ),
+        (
+            ("Unit of privacy", unit),
+            ("Relation", "add or remove one unit"),
+            ("Sampler", f"Poisson, {config.train.batch_size} records a batch expected"),
+            ("Accountant", "PLD (privacy loss distribution)"),
+            ("Clipping norm", f"{privacy.clipping_norm:g}"),
+            ("Noise multiplier", noise),
+            ("Budget of the recipe", f"{budget}, delta {privacy.delta:g}"),
+            (f"Epsilon spent at delta {privacy.delta:g}", ", ".join(spent) or "none reported yet"),
+            ("Shown beside the update", heldout),
+            ("Not sent", "the number of records, error texts"),
+            (
+                "Not covered",
+                "the list of labels, the prompt and all other settings; which sites take part, when they "
+                "answer and how many bytes they send. A unit with records at several sites spends at each.",
+            ),
+        ),
+    )
+
+
+def _simulation(simulated: bool | None) -> tuple[str, ...]:
+    match simulated:
+        case True:
+            return ("The sites were simulated: one machine held all records.",)
+        case False:
+            return ("The sites were real: separate machines that reported their own spending.",)
+        case _:
+            return ()

@@ -1,0 +1,161 @@
+"""The ledger: durable, chained, and keyed by what the site says, not the server."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from fedllm.config import Config
+from fedllm.errors import BudgetError, ConfigError, PrivacyError
+from fedllm.privacy.ledger import GENESIS, Entry, Ledger
+from fedllm.privacy.plan import PrivacyPlan, authorise, make_plan
+from fedllm.privacy.policy import SitePolicy, load_policy
+
+
+def entry(round: int, dataset: str = "records") -> Entry:
+    return Entry(
+        dataset=dataset,
+        run="r",
+        round=round,
+        clipping_norm=1.0,
+        noise_multiplier=0.9,
+        sample_rate=0.01,
+        steps=8,
+        time="2026-01-01T00:00:00+00:00",
+    )
+
+
+def test_entries_survive_reopening_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "ledger.sqlite"
+    ledger = Ledger(path)
+    assert ledger.head == GENESIS
+    for round in (1, 2, 3):
+        ledger.book(entry(round, "a" if round < 3 else "b"))
+    again = Ledger(path)
+    assert [item.round for item in again.entries()] == [1, 2, 3]
+    assert [item.round for item in again.entries(dataset="a")] == [1, 2]
+    assert again.head == ledger.head != GENESIS
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM entries WHERE number = 2",
+        "UPDATE entries SET body = replace(body, '0.9', '9.0') WHERE number = 2",
+        "UPDATE entries SET number = 9 WHERE number = 3",
+    ],
+)
+def test_tampering_is_noticed(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    for round in (1, 2, 3):
+        ledger.book(entry(round))
+    with sqlite3.connect(path) as database:
+        database.execute(damage)
+    with pytest.raises(PrivacyError, match="the privacy ledger is damaged at row"):
+        ledger.entries()
+    with pytest.raises(PrivacyError, match="damaged"):
+        ledger.book(entry(4))
+
+
+def test_a_file_that_is_no_database_stops_training(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    path.write_text("not a database, but long enough to look like one " * 20)
+    with pytest.raises(PrivacyError, match="cannot be opened"):
+        Ledger(path)
+
+
+def private(**settings: float) -> Config:
+    return Config.from_flat(
+        {
+            "privacy.enabled": True,
+            "privacy.delta": 1e-5,
+            "train.batch_size": 32,
+            "train.local_steps": 5,
+            "federation.rounds": 4,
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+    )
+
+
+def plan_of(config: Config, **more: object) -> PrivacyPlan:
+    return make_plan(config, records=2000, site="x", **more)  # type: ignore[arg-type]
+
+
+def test_budget_is_projected_booked_and_enforced_over_runs(tmp_path: Path) -> None:
+    plan = plan_of(private(privacy__epsilon=3.0))
+    policy = SitePolicy(site="x", max_epsilon=3.0, min_noise_multiplier=0.1)
+    ledger = Ledger(tmp_path / "l.sqlite")
+    spent = [authorise(plan, policy=policy, ledger=ledger, run="a", round=r) for r in (1, 2, 3, 4)]
+    assert spent == sorted(spent)
+    assert 2.9 < spent[-1] <= 3.0
+    with pytest.raises(BudgetError, match=r"site x: budget exhausted. 3.00 of epsilon 3 is spent"):
+        authorise(plan, policy=policy, ledger=ledger, run="b", round=1)
+    assert len(ledger.entries()) == 4
+
+
+def test_a_run_that_cannot_finish_is_refused_at_its_start(tmp_path: Path) -> None:
+    plan = plan_of(private(privacy__epsilon=3.0))
+    policy = SitePolicy(site="x", max_epsilon=2.0, min_noise_multiplier=0.1)
+    ledger = Ledger(tmp_path / "l.sqlite")
+    with pytest.raises(BudgetError, match="would bring it to"):
+        authorise(plan, policy=policy, ledger=ledger, run="a", round=1)
+    assert ledger.entries() == ()
+
+
+def test_a_crashed_round_raises_the_noise_of_the_rest() -> None:
+    config = private(privacy__epsilon=3.0)
+    first = plan_of(config)
+    lost = plan_of(config, round=2, spent=(first.spend(), first.spend()))
+    assert lost.noise_multiplier > first.noise_multiplier
+    undisturbed = plan_of(config, round=2, spent=(first.spend(),))
+    assert undisturbed.noise_multiplier == first.noise_multiplier
+
+
+def test_plan_refuses_what_is_not_private() -> None:
+    with pytest.raises(PrivacyError, match="privacy.delta=0.001 is too large"):
+        plan_of(private(privacy__epsilon=3.0, privacy__delta=1e-3))
+    with pytest.raises(PrivacyError, match="sampling cannot be private"):
+        plan_of(private(privacy__epsilon=3.0, train__batch_size=2000))
+    plan = plan_of(private(privacy__noise_multiplier=0.7, privacy__clipping_norm=0.5))
+    assert plan.noise_multiplier == 0.7
+    assert plan.sensitivity == 0.5
+    assert plan.noise_deviation == pytest.approx(0.35)
+    assert plan.expected_batch == 32
+
+
+def test_policy_file_and_its_limits(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text('site = "north"\ndata_path = "records.csv"\nmax_epsilon = 4\n')
+    policy = load_policy(path)
+    assert policy.data_path == str(tmp_path / "records.csv")
+    assert policy.state_dir == str(tmp_path / "state")
+    assert policy.max_epsilon == 4.0
+    with pytest.raises(BudgetError, match="requires privacy.enabled=true"):
+        policy.require(Config().privacy)
+    with pytest.raises(BudgetError, match=r"privacy.epsilon=5 exceeds its policy's 4"):
+        policy.require(private(privacy__epsilon=5.0).privacy)
+    with pytest.raises(BudgetError, match=r"privacy.delta=0.0001 exceeds"):
+        policy.require(private(privacy__epsilon=1.0, privacy__delta=1e-4).privacy)
+    with pytest.raises(BudgetError, match="noise multiplier of 0.200 is below"):
+        policy.require_noise(0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("site = 3", "site needs a value of type str"),
+        ('sit = "x"', "unknown key 'sit'"),
+        ('data_path = "x"', "key 'site'"),
+        ("site =", "not a readable site policy"),
+    ],
+)
+def test_bad_policies_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_policy(path)
+    with pytest.raises(ConfigError, match="no such site policy"):
+        load_policy(tmp_path / "none.toml")
