@@ -224,7 +224,7 @@ def _welcome(run: ServerRun, reply: Reply) -> None:
     run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index)
     if reply.notes.get("has_basis") is True:
         run.holders.add(name)
-    append_event(run.folder, "site_joined", site=name, node=reply.peer.node)
+    append_event(run.folder, "site_joined", site=name, node=reply.peer.node, weights="")
 
 
 def ship_basis(run: ServerRun, grid: Grid) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig
 
 #: Config entries that decide which matrices there are, under the names the model families use.
 SIZES = (
@@ -45,14 +46,27 @@ def architecture_fingerprint(config: PretrainedConfig, shapes: Mapping[str, tupl
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: nn.Module, *, exclude: Iterable[nn.Parameter] = ()) -> str:
     """Return 16 hex digits over evenly spaced entries of every parameter.
 
     At most 4096 entries of a parameter are read, so a changed matrix shows and a changed single entry
     may not. Quantised parameters enter with their raw codes, others as float32.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A base, with or without adapter layers.
+    exclude : Iterable[nn.Parameter]
+        Parameters of the model to leave out, such as the trained ones.
     """
+    left_out = {id(parameter) for parameter in exclude}
     digest = hashlib.sha256()
+    left_out = {id(parameter) for parameter in exclude}
     for name, parameter in model.named_parameters():
+        if id(parameter) in left_out:
+            continue
+        if id(parameter) in left_out:
+            continue
         flat = parameter.data.reshape(-1)
         sample = flat[:: max(1, -(-flat.numel() // SAMPLES))]
         if sample.dtype not in (torch.uint8, torch.int8):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from bitsandbytes.nn.modules import Linear4bit
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,6 +30,16 @@ from fedllm.models.quiet import quiet
 from fedllm.models.registry import EMBEDDED
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+#: What transformers and its parts raise for files that are absent, damaged or of another model.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -140,7 +151,7 @@ def load_base(model: ModelSettings) -> PreTrainedModel:
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         raise ModelError(
-            f"{source}: the weights lack {len(missing)} matrices of the model, first '{missing[0]}'. "
+            f"{source}: the weights lack {len(missing)} of the model's matrices, first '{missing[0]}'. "
             "They would be random. Copy the whole model folder again."
         )
     base.requires_grad_(False)
@@ -165,7 +176,7 @@ def _explained(source: Path | str, part: str) -> Iterator[None]:
     """Turn what the loaders raise into an error that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(
             _hub_message(source) if isinstance(source, str) else _folder_message(source, part, error)
         ) from error
@@ -186,5 +197,7 @@ def _folder_message(folder: Path, part: str, error: Exception) -> str:
         remedy = f"Remove the folder and run `fedllm models pull {folder.name}`."
     else:
         remedy = "Copy the whole model folder again: config.json, *.safetensors and the tokenizer's files."
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = " ".join(str(error).split()[:40]) or type(error).__name__
+    if "ignore_mismatched_sizes" in reason:
+        reason = "their shapes are not those config.json asks for"
     return f"{folder}: {part} cannot be loaded ({reason}). {remedy}"

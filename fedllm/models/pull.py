@@ -6,12 +6,15 @@ import contextlib
 import difflib
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from fedllm.errors import ModelError
 from fedllm.home import home
@@ -71,7 +74,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
                 os.rename(partial / "model", folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(_disk_message(folder.parent, error)) from error
     return folder
 
@@ -127,12 +130,13 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     from fedllm.models.quiet import quiet
 
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -168,10 +172,11 @@ def _require_space(folder: Path, model: EmbeddedModel) -> None:
         )
 
 
-def _disk_message(folder: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _disk_message(folder: Path, error: OSError | SafetensorError) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if os.strerror(errno.ENOSPC) in reason or os.strerror(errno.EDQUOT) in reason:
         return f"{folder}: the disk is full. Free some space, or set FEDLLM_HOME to another disk."
     return (
-        f"{folder}: cannot be written ({error.strerror or error}). Check the folder's permissions, "
+        f"{folder}: cannot be written ({reason}). Check the folder's permissions, "
         "or set FEDLLM_HOME to a folder of your own."
     )

@@ -52,6 +52,7 @@ STYLE: dict[Any, Any] = {
 #: Inches at 72 points: close to the width of a phone, so that text keeps its size there.
 SIZE = (4.4, 2.6)
 MARKED_ROUNDS = 40
+THICK_SITES = 16
 
 
 def metric_plot(
@@ -106,11 +107,16 @@ def epsilon_plot(
 
 
 def bytes_plot(name: str, *, rounds: Sequence[int], up: Sequence[int], down: Sequence[int]) -> str:
-    """Draw the bytes all sites together sent up (left bars) and received (right bars) a round."""
+    """Draw the bytes all sites together sent up and received a round: bars, or lines over many rounds."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(rounds, EngFormatter(unit="B"))
-        axes.bar([number - 0.2 for number in rounds], up, width=0.36, color=MAIN)
-        axes.bar([number + 0.2 for number in rounds], down, width=0.36, color=SECOND)
+        if len(rounds) <= MARKED_ROUNDS:
+            axes.bar([number - 0.2 for number in rounds], up, width=0.36, color=MAIN)
+            axes.bar([number + 0.2 for number in rounds], down, width=0.36, color=SECOND)
+        else:
+            _line(axes, rounds, down, color=SECOND, linewidth=3.2)
+            _line(axes, rounds, up, color=MAIN, linewidth=1.2)
+            axes.set_ylim(bottom=0)
         return _svg(figure, name, [])
 
 
@@ -126,8 +132,9 @@ def _axes(rounds: Sequence[int], formatter: Formatter) -> tuple[Figure, Axes]:
 
 
 def _site_lines(axes: Axes, rounds: Sequence[int], sites: Mapping[str, Values]) -> None:
+    width = 1.1 if len(sites) <= THICK_SITES else 0.5
     for index, values in enumerate(sites.values()):
-        _line(axes, rounds, values, color=SITE, linewidth=1.1, gid=f"site-{index}")
+        _line(axes, rounds, values, color=SITE, linewidth=width, gid=f"site-{index}")
 
 
 def _line(axes: Axes, rounds: Sequence[int], values: Values, **style: str | float) -> None:

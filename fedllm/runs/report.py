@@ -119,7 +119,7 @@ def render_report(
             epsilons={site.name: site.epsilon for site in sites},
             simulated=simulated,
         ),
-        changed=list(config.changed().items()),
+        changed=_changed(config),
         manifest=_manifest_rows(manifest) if manifest is not None else [],
     )
 
@@ -267,7 +267,8 @@ def _outcome(events: Sequence[Event], status: str) -> str:
     if status == "failed" and failed is not None:
         return f"The run failed: {failed['reason']}{again}"
     if status == "running":
-        return f"No end is recorded: the run is under way or was stopped. Last event: {events[-1]['time']}.{again}"
+        last = events[-1]["time"][:16].replace("T", " ") + " UTC"
+        return f"No end is recorded: the run is under way or was stopped. Last event: {last}.{again}"
     return "The run has not started."
 
 
@@ -303,10 +304,13 @@ def _plots(config: Config, metrics: Sequence[RoundMetrics], *, withheld: bool) -
     absent = "Withheld: the sites keep these values." if withheld else "Not measured."
 
     def metric(title: str, pick: Callable[[Row], float | None], *, share: bool) -> Plot:
-        means = [pick(entry.federation) for entry in metrics]
+        def used(row: Row) -> float | None:
+            return pick(row) if row.accepted else None
+
+        means = [used(entry.federation) for entry in metrics]
         if all(value is None for value in means):
             return Plot(title, Markup(), absent=absent)
-        svg = metric_plot(title, rounds=rounds, sites=_series(metrics, pick), mean=means, share=share)
+        svg = metric_plot(title, rounds=rounds, sites=_series(metrics, used), mean=means, share=share)
         return Plot(title, Markup(svg), keys=(("", "mean"), ("site", "a site")))
 
     plots = [
@@ -336,10 +340,7 @@ def _series(
     """Return site -> one value a round, None where there is none; sites without any are left out."""
     rows = [{row.site: row for row in entry.sites} for entry in metrics]
     names = dict.fromkeys(name for entry in rows for name in entry)
-    series = {
-        name: [pick(entry[name]) if name in entry and entry[name].accepted else None for entry in rows]
-        for name in names
-    }
+    series = {name: [pick(entry[name]) if name in entry else None for entry in rows] for name in names}
     return {name: values for name, values in series.items() if any(v is not None for v in values)}
 
 
@@ -354,6 +355,15 @@ def _sites_note(config: Config, *, withheld: bool) -> str:
     if withheld:
         return f"{text} Withheld: metrics on private held-out records stay at the site."
     return f"{text} Metrics are on held-out records that the recipe declares public."
+
+
+def _changed(config: Config) -> list[tuple[str, str]]:
+    """Return the changed settings as text, without the paths of the run itself."""
+    return [
+        (key, str(value).lower() if isinstance(value, bool) else str(value))
+        for key, value in config.changed().items()
+        if key not in ("run.dir", "run.resume")
+    ]
 
 
 def _manifest_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

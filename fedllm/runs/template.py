@@ -71,7 +71,9 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, san
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .5rem .7rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top; }
 thead th, tbody:first-child tr:first-child > * { border-top: 0; }
-thead th { font-size: .78rem; line-height: 1.35; font-weight: 600; color: var(--muted); vertical-align: bottom; }
+thead th {
+  font-size: .78rem; line-height: 1.35; font-weight: 600; color: var(--muted); vertical-align: bottom;
+}
 thead th[colspan] { text-align: center; padding-bottom: 0; }
 thead tr + tr th { padding-top: .1rem; }
 .num { text-align: right; }
@@ -79,7 +81,8 @@ td.num { white-space: nowrap; }
 tbody th { font-weight: 500; overflow-wrap: break-word; }
 .sites tbody th { min-width: 9rem; max-width: 16rem; }
 .aside th:first-child { width: 5rem; }
-.aside tbody th { min-width: 7rem; width: 16rem; }
+.aside tbody th { min-width: 6rem; width: 25%; }
+.aside td:last-child { min-width: 10rem; }
 tfoot th, tfoot td { font-weight: 600; }
 .absent { color: var(--muted); font-weight: 400; }
 .facts th { width: 15rem; color: var(--muted); font-weight: 400; }
@@ -89,7 +92,9 @@ code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
   main { padding: 1.5rem .9rem 3rem; }
   figure { padding: .75rem .6rem .6rem; }
   th, td { padding: .45rem .6rem; }
-  .sites th[scope=row] { position: sticky; left: 0; background: var(--card); min-width: 7rem; max-width: 8rem; }
+  .sites th[scope=row] {
+    position: sticky; left: 0; background: var(--card); min-width: 7rem; max-width: 8rem;
+  }
   .facts th, .facts td { display: block; width: auto; max-width: none; }
   .facts th { padding-bottom: 0; }
   .facts td { border-top: 0 !important; padding-top: 0; }
@@ -130,7 +135,8 @@ code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 {% if private %}<th rowspan="2" class="num">Epsilon</th>{% endif %}
 <th colspan="2">Bytes</th><th rowspan="2" class="num">Rounds answered</th></tr>
 <tr>
-{% for head in ["majority", "base", "final"] * 2 + ["up", "down"] %}<th class="num">{{ head }}</th>{% endfor %}
+{% for head in ["majority", "base", "final"] * 2 + ["up", "down"] %}<th class="num">{{ head }}</th>
+{% endfor %}
 </tr>
 </thead>
 {% macro cells(row) %}

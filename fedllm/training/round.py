@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedllm.adapters.method import read_state, write_state
 from fedllm.adapters.state import AdapterState
 from fedllm.config import Config
+from fedllm.data.encode import collate
 from fedllm.data.order import batch_indices
 from fedllm.errors import PrivacyError, RunError
 from fedllm.evaluation.metrics import Scores, accuracy, macro_f1

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import csv
+
+from fedllm.runs.events import append_event, read_events
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.metrics import COLUMNS, round_metrics, write_metrics
+
+
+def rows(folder: RunFolder) -> list[dict[str, str]]:
+    with write_metrics(folder).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def finish(folder: RunFolder, number: int, seconds: float = 9.0) -> None:
+    append_event(
+        folder, "round_finished", round=number, accepted=1, bytes_up=0, bytes_down=0, seconds=seconds
+    )
+
+
+def test_federation_row_is_means_sums_and_the_largest_epsilon(make_run, reply) -> None:
+    folder = make_run()
+    append_event(folder, "round_started", round=1, sites=["a", "b", "c"])
+    reply(folder, 1, "a", loss=1.0, accuracy=0.25, epsilon=0.5)
+    reply(folder, 1, "b", loss=2.0, accuracy=0.75, epsilon=1.5)
+    reply(
+        folder, 1, "c", accepted=False, reason="late", loss=None, accuracy=None, macro_f1=None, bytes_up=0
+    )
+    finish(folder, 1)
+    table = rows(folder)
+    assert tuple(table[0]) == COLUMNS
+    assert [row["site"] for row in table] == ["a", "b", "c", "federation"]
+    assert table[2] | {"accepted": "0", "reason": "late", "loss": "", "epsilon": ""} == table[2]
+    expected = {
+        "accepted": "2",
+        "loss": "1.5",
+        "accuracy": "0.5",
+        "macro_f1": "0.25",
+        "epsilon": "1.5",
+        "bytes_up": "200",
+        "bytes_down": "600",
+        "seconds": "9.0",
+    }
+    assert table[3] | expected == table[3]
+
+
+def test_table_is_rebuilt_from_the_events(make_run, reply) -> None:
+    folder = make_run()
+    reply(folder, 1, "a")
+    first = write_metrics(folder).read_bytes()
+    folder.metrics_file.unlink()
+    assert write_metrics(folder).read_bytes() == first
+    reply(folder, 2, "a")
+    assert write_metrics(folder).read_bytes().startswith(first)
+
+
+def test_a_run_without_replies_has_only_the_header(make_run) -> None:
+    assert write_metrics(make_run()).read_text() == ",".join(COLUMNS) + "\n"
+
+
+def test_after_a_resume_the_newest_attempt_wins(make_run, reply) -> None:
+    folder = make_run()
+    for number in (1, 2, 3):
+        append_event(folder, "round_started", round=number, sites=["a", "b"])
+        reply(folder, number, "a", loss=float(number))
+        reply(folder, number, "b", loss=float(number))
+        finish(folder, number)
+    append_event(folder, "run_resumed", round=2)
+    append_event(folder, "round_started", round=2, sites=["a"])
+    reply(folder, 2, "a", loss=20.0)
+    assert [(row["round"], row["site"], row["loss"]) for row in rows(folder)] == [
+        ("1", "a", "1.0"),
+        ("1", "b", "1.0"),
+        ("1", "federation", "1.0"),
+        ("2", "a", "20.0"),
+        ("2", "federation", "20.0"),
+    ]
+    assert round_metrics(read_events(folder))[1].federation.seconds is None
+
+
+def test_withheld_is_said_in_private_runs_only(make_run, reply) -> None:
+    nothing = {"loss": None, "accuracy": None, "macro_f1": None}
+    private = {"privacy__enabled": True, "privacy__epsilon": 8.0}
+    cases = [
+        (make_run("plain"), ""),
+        (make_run("private", **private), "withheld"),
+        (make_run("public", **private, data__heldout_public=True), ""),
+    ]
+    for folder, expected in cases:
+        reply(folder, 1, "a", **nothing)
+        reply(folder, 1, "b", accepted=False, reason="NaN in the adapter", **nothing)
+        site, aside, federation = rows(folder)
+        assert site["loss"] == site["accuracy"] == site["macro_f1"] == expected
+        assert federation["loss"] == expected
+        assert aside["loss"] == ""
+
+
+def test_no_text_of_another_party_becomes_a_formula(make_run, reply) -> None:
+    folder = make_run()
+    reply(folder, 1, '=HYPERLINK("x")', reason="@SUM(1)")
+    assert rows(folder)[0]["site"] == '\'=HYPERLINK("x")'
+    assert rows(folder)[0]["reason"] == "'@SUM(1)"
