@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from fedllm.config import Config
@@ -9,6 +10,9 @@ from fedllm.errors import FedllmError
 
 if TYPE_CHECKING:
     from fedllm.federation.inprocess import RunResult
+
+# On import it warns of an optional package nobody here needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Config", "FedllmError", "__version__", "run"]

@@ -90,8 +90,9 @@ class DataSettings:
     text: str = setting("text", "column with the input text")
     label: str = setting("label", "column with the answer (a label or a text)")
     labels: str = setting("", "all label texts separated by |; empty: those found in the records")
-    task: str = setting("classify", "classify: score the labels; generate: free text",
-                        choices=("classify", "generate"))
+    task: str = setting(
+        "classify", "classify: score the labels; generate: free text", choices=("classify", "generate")
+    )
     site: str = setting("", "column that names a record's site (partition=column)")
     unit: str = setting("", "column of the privacy unit, such as patient or customer; empty: the record")
     instruction: str = setting("", "system message put before every record; empty: the source's own")
@@ -151,8 +152,9 @@ class PrivacySettings:
 class StrategySettings:
     """What the server does with the replies."""
 
-    name: str = setting("average", "average, or a preset: fed-sb, fedit, ffa",
-                        choices=("average", "fed-sb", "fedit", "ffa"))
+    name: str = setting(
+        "average", "average, or a preset: fed-sb, fedit, ffa", choices=("average", "fed-sb", "fedit", "ffa")
+    )
     weighting: str = setting("uniform", "weight of a site in the mean", choices=("uniform", "examples"))
 
 
@@ -167,12 +169,15 @@ class WireSettings:
 class EvaluationSettings:
     """What is measured on held-out records."""
 
-    every: int = setting(1, "evaluate the received adapter every so many rounds; 0: only at the end", minimum=0)
+    every: int = setting(
+        1, "evaluate the received adapter every so many rounds; 0: only at the end", minimum=0
+    )
     records: int = setting(0, "held-out records a site scores in a round; 0: all", minimum=0)
     final_records: int = setting(0, "held-out records scored for the final table; 0: all", minimum=0)
     batch_size: int = setting(8, "held-out records in one forward pass", minimum=1)
-    fold: str = setting("test", "which half of the held-out records is scored",
-                        choices=("test", "validation"))
+    fold: str = setting(
+        "test", "which half of the held-out records is scored", choices=("test", "validation")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +247,9 @@ class Config:
 
 
 SETTINGS: dict[str, dataclasses.Field[Scalar]] = {
-    f"{part.name}.{item.name}": item for part in fields(Config) for item in fields(part.default)  # type: ignore[arg-type]
+    f"{part.name}.{item.name}": item
+    for part in fields(Config)
+    for item in fields(part.default)  # type: ignore[arg-type]
 }
 
 

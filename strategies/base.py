@@ -101,8 +101,6 @@ class AdapterAveraging(Strategy):
         payload = self.run.payload()
         peers: list[Peer] = [self.run.peers[name] for name in sorted(self.run.peers)]
         return [
-            Message(
-                pack(self.run.notes(peer, **notes), payload), dst_node_id=peer.node, message_type=kind
-            )
+            Message(pack(self.run.notes(peer, **notes), payload), dst_node_id=peer.node, message_type=kind)
             for peer in peers
         ]

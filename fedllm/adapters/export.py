@@ -17,9 +17,7 @@ from fedllm.errors import RunError
 STATE_FILE = "fedllm_state.safetensors"
 
 
-def save_peft_adapter(
-    state: AdapterState, basis: Basis, folder: Path, *, base_model: str, seed: str
-) -> None:
+def save_peft_adapter(state: AdapterState, basis: Basis, folder: Path, *, base_model: str, seed: str) -> None:
     """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
 
     Every method here has an exact LoRA form: Fed-SB as ``B' = B R, A' = A``. The trained
@@ -47,7 +45,7 @@ def save_peft_adapter(
         )
         LoraConfig(
             r=state.spec.rank,
-            lora_alpha=state.spec.scale * state.spec.rank,
+            lora_alpha=state.spec.scale * state.spec.rank,  # type: ignore[arg-type]  # PEFT takes floats too
             target_modules=_targets(state.spec),
             task_type="CAUSAL_LM",
             base_model_name_or_path=base_model,

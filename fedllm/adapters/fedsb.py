@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fedllm.adapters.basis import Basis, seeded_basis
-from fedllm.adapters.method import ADAPTER, AdapterMethod
+from fedllm.adapters.method import ADAPTER, AdapterMethod, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 
 
@@ -45,27 +46,31 @@ class FedSB(AdapterMethod):
     trained = ("R",)
     has_basis = True
 
+    @override
     def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
         return {f"{module}.R": (spec.rank, spec.rank) for module in spec.shapes}
 
+    @override
     def seeded(self, spec: AdapterSpec, seed: str) -> Basis:
         return seeded_basis(spec.shapes, rank=spec.rank, seed=seed)
 
+    @override
     def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
         shapes = self.trained_shapes(spec)
         return AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
 
+    @override
     def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
-        weight = layer.lora_A[ADAPTER].weight
+        weight = weight_of(submodule(layer, "lora_A"))
         with torch.no_grad():
             weight.copy_(torch.tensor(down))
         weight.requires_grad_(False)
         layer.lora_B[ADAPTER] = FactoredUp(torch.tensor(up).to(weight.device))
 
+    @override
     def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
-        return {"R": layer.lora_B[ADAPTER].inner.weight}
+        return {"R": weight_of(submodule(layer, "lora_B").get_submodule("inner"))}
 
+    @override
     def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
-        return {
-            m: (basis.up[m] @ state.tensors[f"{m}.R"], basis.down[m]) for m in state.spec.shapes
-        }
+        return {m: (basis.up[m] @ state.tensors[f"{m}.R"], basis.down[m]) for m in state.spec.shapes}

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from typing_extensions import override
 
 from fedllm.adapters.basis import Basis, kaiming_basis
-from fedllm.adapters.method import ADAPTER, AdapterMethod
+from fedllm.adapters.method import AdapterMethod, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 
 
@@ -21,24 +22,30 @@ class FfaLora(AdapterMethod):
     trained = ("B",)
     has_basis = True
 
+    @override
     def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
         return {f"{module}.B": (out, spec.rank) for module, (out, _) in spec.shapes.items()}
 
+    @override
     def seeded(self, spec: AdapterSpec, seed: str) -> Basis:
         return kaiming_basis(spec.shapes, rank=spec.rank, seed=seed)
 
+    @override
     def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
         shapes = self.trained_shapes(spec)
         return AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
 
+    @override
     def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
-        weight = layer.lora_A[ADAPTER].weight
+        weight = weight_of(submodule(layer, "lora_A"))
         with torch.no_grad():
             weight.copy_(torch.tensor(down))
         weight.requires_grad_(False)
 
+    @override
     def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
-        return {"B": layer.lora_B[ADAPTER].weight}
+        return {"B": weight_of(submodule(layer, "lora_B"))}
 
+    @override
     def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
         return {m: (state.tensors[f"{m}.B"], basis.down[m]) for m in state.spec.shapes}

@@ -51,9 +51,7 @@ class AdapterMethod(ABC):
         """Install the frozen matrices into one PEFT layer and freeze what does not train."""
 
     @abstractmethod
-    def lora_factors(
-        self, state: AdapterState, basis: Basis
-    ) -> Mapping[str, tuple[Matrix, Matrix]]:
+    def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
         """Return module path -> (B, A) of the ordinary LoRA adapter with the same update."""
 
 
@@ -69,18 +67,29 @@ def inject(
     """
     config = LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.scale * spec.rank,
+        lora_alpha=spec.scale * spec.rank,  # type: ignore[arg-type]  # PEFT takes floats too
         lora_dropout=dropout,
         target_modules=list(spec.shapes),
         task_type="CAUSAL_LM",
     )
     wrapped = get_peft_model(model, config)
     layers = adapted_layers(wrapped)
-    found = {path: (layer.out_features, layer.in_features) for path, layer in layers.items()}
+    found = {path: (int(layer.out_features), int(layer.in_features)) for path, layer in layers.items()}  # type: ignore[arg-type]
     require_same_layout(spec.shapes, found, site="of this process")
     for path, layer in layers.items():
         method.prepare(layer, basis.up.get(path), basis.down.get(path))
     return wrapped
+
+
+def submodule(layer: LoraLayer, name: str) -> nn.Module:
+    """Return the adapter's part of a PEFT layer, such as ``lora_A``."""
+    found: nn.ModuleDict = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}[name]
+    return found[ADAPTER]
+
+
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """Return a linear map's weight."""
+    return module.get_parameter("weight")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:

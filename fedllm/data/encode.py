@@ -1,4 +1,4 @@
-"""Records -> tokens: chat template, prompt and answer, padding."""
+"""Records as tokens: chat prompts cut to length, and padded batches."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedllm.data.records import Example
-from fedllm.errors import DataError
+from fedllm.errors import DataError, ModelError
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One record as tokens; only the answer's tokens are learnt.
+    """A record as tokens.
 
     Attributes
     ----------
+    prompt : tuple[int, ...]
+        Everything up to where the answer begins.
+    answer : tuple[int, ...]
+        The answer and the token that ends it.
     truncated : bool
-        Whether the record's text lost its end to fit ``max_length``.
+        Whether the record's text lost its end.
     """
 
     prompt: tuple[int, ...]
@@ -30,16 +35,16 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded records.
+    """Padded records, padding on the right.
 
     Attributes
     ----------
     input_ids : Tensor
-        Tokens, shape (B, T), int64.
+        Prompt, answer, padding; shape (B, T), int64.
     attention_mask : Tensor
-        1 where a token is no padding, shape (B, T), int64.
+        1 for a record's own tokens, 0 for padding; shape (B, T), int64.
     answer_mask : Tensor
-        True where a token belongs to the answer, shape (B, T), bool.
+        True where the token belongs to the answer, that is, is a target; shape (B, T), bool.
     """
 
     input_ids: Tensor
@@ -48,83 +53,120 @@ class Batch:
 
 
 class PromptEncoder:
-    """Writes records with the model's chat template.
+    """Turns texts and labels into tokens with the model's own chat template.
 
     Parameters
     ----------
+    tokenizer : PreTrainedTokenizerBase
+        A fast tokenizer with an end-of-sequence token.
     instruction : str
-        System message. An empty one is still written, since templates such as SmolLM2's insert
-        one of their own otherwise.
+        System message. An empty one is passed on as such, because some templates put in a
+        message of their own where there is none. A template without a system role has it at the
+        top of the user message.
     prompt : str
-        User message with ``{text}`` in the text's place.
+        User message; ``{text}`` stands for the record's text.
     max_length : int
-        Largest number of tokens of prompt and answer together.
+        Most tokens of prompt and answer together.
+
+    Raises
+    ------
+    ModelError
+        If the tokenizer has no end-of-sequence token or cannot tell where tokens begin.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, instruction: str, prompt: str, max_length: int
     ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end-of-sequence token, which has to end an answer.")
+        if not tokenizer.is_fast:
+            raise ModelError("the tokenizer has no fast version (tokenizer.json); convert it first.")
         self._tokenizer = tokenizer
         self._instruction = instruction
         self._prompt = prompt
         self._max_length = max_length
+        self._system_role = tokenizer.chat_template is not None and _has_system_role(tokenizer)
+        self._fixed = len(self.prompt_ids(""))
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Return the tokens up to where the answer begins."""
+        """Return the tokens of the whole prompt of a text, however long."""
         user = self._prompt.replace("{text}", text)
+        if not self._system_role and self._instruction:
+            user = f"{self._instruction}\n{user}"
         if self._tokenizer.chat_template is None:
-            whole = f"{self._instruction}\n{user}\n".lstrip("\n")
-        else:
-            messages = [
-                {"role": "system", "content": self._instruction},
-                {"role": "user", "content": user},
-            ]
-            whole = str(
-                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            )
-        return list(self._tokenizer(whole, add_special_tokens=False)["input_ids"])
+            return [int(token) for token in self._tokenizer(f"{user}\n").input_ids]
+        messages = [{"role": "user", "content": user}]
+        if self._system_role:
+            messages.insert(0, {"role": "system", "content": self._instruction})
+        rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # the template writes special tokens, such as the first one, itself
+        return [int(token) for token in self._tokenizer(rendered, add_special_tokens=False).input_ids]
 
     def answer_ids(self, label: str) -> tuple[int, ...]:
-        """Return an answer's tokens and the token that ends it."""
-        tokens = list(self._tokenizer(label, add_special_tokens=False)["input_ids"])
-        return (*tokens, int(self._tokenizer.eos_token_id))
+        """Return the tokens of an answer and the token that ends it."""
+        ids = self._tokenizer(label, add_special_tokens=False).input_ids
+        return (*(int(token) for token in ids), int(self._tokenizer.eos_token_id))
 
     def encode(self, example: Example) -> Encoded:
-        """Return a record's tokens; a text that is too long loses its end, nothing else does.
+        """Return a record's tokens, at most ``max_length`` of them.
+
+        Only the record's text is cut, at its end; template and answer stay whole.
 
         Raises
         ------
         DataError
-            If template and answer alone exceed ``max_length``.
+            If template and answer alone are too long.
         """
         answer = self.answer_ids(example.label)
         room = self._max_length - len(answer)
+        if self._fixed > room:
+            raise DataError(
+                f"an answer of {len(answer)} tokens and {self._fixed} of instruction and template do not "
+                f"fit in train.max_length={self._max_length}; raise it."
+            )
         prompt = self.prompt_ids(example.text)
-        truncated = len(prompt) > room
-        text = example.text
-        while len(prompt) > room:
-            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            kept = len(tokens) - (len(prompt) - room)
-            shorter = self._tokenizer.decode(tokens[: max(0, kept)])
-            if not text:
-                raise DataError(
-                    f"train.max_length={self._max_length} has no room for the template and an answer of "
-                    f"{len(answer)} tokens; raise it."
-                )
-            text = shorter if len(shorter) < len(text) else text[:-1]
-            prompt = self.prompt_ids(text)
-        return Encoded(prompt=tuple(prompt), answer=answer, truncated=truncated)
+        if len(prompt) <= room:
+            return Encoded(tuple(prompt), answer, truncated=False)
+        return Encoded(tuple(self._cut_prompt(example.text, room)), answer, truncated=True)
+
+    def _cut_prompt(self, text: str, room: int) -> list[int]:
+        """Return the prompt of the longest prefix of whole tokens that fits."""
+        spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        places = self._prompt.count("{text}")
+        keep = min(len(spans), (room - self._fixed) // places)
+        while keep > 0:
+            prompt = self.prompt_ids(text[: spans[keep - 1][1]])
+            if len(prompt) <= room:
+                return prompt
+            # tokens at the cut or next to the template came out differently than inside the text
+            keep -= -(-(len(prompt) - room) // places)
+        return self.prompt_ids("")
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> Batch:
-    """Return records as one right-padded batch."""
+    """Pad records to one length, on the right.
+
+    Returns
+    -------
+    Batch
+        B = ``len(batch)``, T = the longest record's tokens.
+    """
     width = max(len(record.prompt) + len(record.answer) for record in batch)
-    ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
-    attention = torch.zeros_like(ids)
-    answers = torch.zeros_like(ids, dtype=torch.bool)
+    input_ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
+    answer_mask = torch.zeros((len(batch), width), dtype=torch.bool)
     for row, record in enumerate(batch):
-        tokens = record.prompt + record.answer
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        attention[row, : len(tokens)] = 1
-        answers[row, len(record.prompt) : len(tokens)] = True
-    return Batch(ids, attention, answers)
+        size = len(record.prompt) + len(record.answer)
+        input_ids[row, :size] = torch.tensor((*record.prompt, *record.answer), dtype=torch.int64)
+        attention_mask[row, :size] = 1
+        answer_mask[row, len(record.prompt) : size] = True
+    return Batch(input_ids, attention_mask, answer_mask)
+
+
+def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": ""}]
+    try:
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError:
+        return False
+    return True

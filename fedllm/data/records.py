@@ -1,4 +1,4 @@
-"""A record, and one site's share of them."""
+"""One record of a site."""
 
 from __future__ import annotations
 
@@ -7,40 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Example:
-    """One record.
+    """A record: input text, the answer, and whose it is.
 
     Attributes
     ----------
     unit : str
-        The privacy unit it belongs to (patient, customer); empty: the record itself.
+        The privacy unit (``data.unit``), such as a patient; empty when the unit is the record.
     """
 
     text: str
     label: str
-    unit: str = ""
+    unit: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiteData:
-    """One site's records.
+def normalised(text: str) -> str:
+    """Return the text casefolded, with runs of white space as one blank.
 
-    Attributes
-    ----------
-    labels : tuple[str, ...]
-        All label texts of the task.
-    units : int
-        Distinct privacy units among the training records.
-    units_repeat : bool
-        Whether a unit owns more than one training record.
-    fingerprint : str
-        sha256 over the training records, whatever their order.
+    >>> normalised("  Acute\\n Bronchitis ")
+    'acute bronchitis'
     """
-
-    name: str
-    train: tuple[Example, ...]
-    heldout: tuple[Example, ...]
-    labels: tuple[str, ...]
-    instruction: str
-    units: int
-    units_repeat: bool
-    fingerprint: str
+    return " ".join(text.casefold().split())

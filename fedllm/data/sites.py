@@ -1,198 +1,272 @@
-"""Sites' records: simulated sites share one source, a real site reads its own file."""
+"""One site's records: a share of a simulation's records, or the file of a real site."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
+import io
+import json
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-from datasets import Dataset
+import datasets
 from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
 
 from fedllm.config import DataSettings
-from fedllm.data.records import Example, SiteData
-from fedllm.data.sources import columns_of, instruction, label_names, load_records, read_file
-from fedllm.errors import DataError
+from fedllm.data.records import Example, normalised
+from fedllm.data.sources import default_instruction, file_stamp, label_names, load_records
+from fedllm.errors import ConfigError, DataError
 
-__all__ = ["SiteData", "simulated_site", "site_from_file", "site_names"]
+__all__ = ["Example", "SiteData", "simulated_site", "site_from_file", "site_names", "split"]
 
 
-@lru_cache(maxsize=8)
+@dataclass(frozen=True, kw_only=True)
+class SiteData:
+    """What one site trains and is evaluated on.
+
+    Attributes
+    ----------
+    train : tuple[Example, ...]
+        In an order that depends on seed and contents alone.
+    heldout : tuple[Example, ...]
+        The fold asked for, in such an order: its first n records are a random sample.
+    labels : tuple[str, ...]
+        Labels to choose from; empty for free text (``data.task=generate``).
+    units : int
+        Distinct privacy units in ``train``.
+    units_repeat : bool
+        Whether one unit owns several records of ``train``.
+    fingerprint : str
+        Sha256 over the sorted training records, as hex.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    labels: tuple[str, ...]
+    instruction: str
+    units: int
+    units_repeat: bool
+    fingerprint: str
+
+
 def site_names(data: DataSettings, *, sites: int) -> tuple[str, ...]:
-    """Return the names of simulated sites: the column's values, or ``site-0`` and so on.
+    """Return the names of simulated sites: those of the column, sorted, or site-0, site-1, ...
 
     Raises
     ------
     DataError
-        If the column has another number of values than there are sites.
+        If the column does not name ``sites`` sites, or one cannot be a folder's name.
     """
     if data.partition != "column":
         return tuple(f"site-{index}" for index in range(sites))
     names = tuple(sorted(set(load_records(data)["site"])))
     if len(names) != sites:
         raise DataError(
-            f"data.site: column '{data.site}' names {len(names)} sites, federation.sites is {sites}; "
-            "make them equal."
+            f"the column '{data.site}' (data.site) names {len(names)} sites, federation.sites asks for "
+            f"{sites}; set federation.sites={len(names)}."
+        )
+    unfit = sum(re.fullmatch(r"\w[\w .-]{0,63}", name) is None for name in names)
+    if unfit:
+        raise DataError(
+            f"the column '{data.site}' (data.site): {unfit} names cannot be folder names; use letters, "
+            "digits, blanks, '.', '_' and '-', at most 64 of them."
         )
     return names
 
 
-@lru_cache(maxsize=16)
-def simulated_site(data: DataSettings, *, sites: int, seed: int, index: int, fold: str) -> SiteData:
-    """Return one simulated site's records.
+def simulated_site(data: DataSettings, *, sites: int, seed: int, index: int, fold: str = "test") -> SiteData:
+    """Return the share of one simulated site.
 
     Parameters
     ----------
+    index : int
+        Which of the ``sites`` sites, from 0.
     fold : str
-        Which half of the held-out records: ``test`` or ``validation``.
+        ``test`` or ``validation``: the half of the held-out records to return.
 
     Raises
     ------
     DataError
-        If the source cannot be used, or the site gets fewer than two training records.
+        If the records cannot be used or shared as asked, or fewer than two are left to train on.
+    ConfigError
+        If the settings contradict the source.
     """
     name = site_names(data, sites=sites)[index]
-    records = load_records(data)
-    part = _partition(data, sites=sites, seed=seed)[index]
-    return _site(
-        data,
-        name,
-        [part_example(row) for row in part],
-        None,
-        seed=seed,
-        fold=fold,
-        labels=label_names(data, records["label"]),
-    )
+    examples = _examples(_partition(data, sites, seed, file_stamp(data))[index])
+    train, heldout = split(examples, by_unit=bool(data.unit), share=data.heldout, seed=seed)
+    labels = label_names(data, load_records(data)) if data.task == "classify" else ()
+    return _site_data(data, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
 
 
-@lru_cache(maxsize=16)
 def site_from_file(
-    data: DataSettings, *, path: str, heldout_path: str, name: str, seed: int, fold: str
+    data: DataSettings, *, path: str, name: str, seed: int, fold: str = "test", heldout_path: str = ""
 ) -> SiteData:
-    """Return a real site's records from its own files.
+    """Return a real site's records: all of its own file.
+
+    ``data.min_per_label`` and ``data.max_per_label`` shape simulations only: under them one
+    private record could decide about others.
 
     Parameters
     ----------
     heldout_path : str
-        File of public records to evaluate on; empty: a share of the site's own is held out.
+        A file of public records to evaluate on; the site's own then all train.
 
     Raises
     ------
     DataError
-        If a file cannot be used, or leaves fewer than two training records.
+        If a file cannot be used, or fewer than two records are left to train on.
     """
-    columns = columns_of(replace(data, site=""))
-    rows = read_file(Path(path), columns).to_dict("records")
-    public = None
+    own = dataclasses.replace(
+        data, source="file", path=path, site="", partition="iid", min_per_label=0, max_per_label=0
+    )
+    records = load_records(own)
     if heldout_path:
-        public = [part_example(row) for row in read_file(Path(heldout_path), columns).to_dict("records")]
-    examples = [part_example(row) for row in rows]
-    labels = label_names(data, (example.label for example in (*examples, *(public or ()))))
-    if any(example.label not in labels for example in (*examples, *(public or ()))):
-        raise DataError(f"{path}: some records carry a label that data.labels does not list.")
-    return _site(data, name, examples, public, seed=seed, fold=fold, labels=labels)
+        public = load_records(dataclasses.replace(own, path=heldout_path, unit=""))
+        train, heldout = _examples(records), _examples(public)
+        own, records = dataclasses.replace(own, heldout_public=True), public
+    else:
+        train, heldout = split(_examples(records), by_unit=bool(own.unit), share=own.heldout, seed=seed)
+    labels = label_names(own, records) if own.task == "classify" else ()
+    return _site_data(own, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
 
 
-def part_example(row: dict[str, str]) -> Example:
-    """Return a row as an example."""
-    return Example(text=row["text"], label=row["label"], unit=row.get("unit", ""))
+def split(
+    examples: Sequence[Example], *, by_unit: bool, share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Part records into training and held-out ones, whole groups at a time.
+
+    A group is a privacy unit, or else a text up to case and white space. Its side is a function
+    of seed and group alone, so other records never move it, and what several sites hold is held
+    out at all of them.
+    """
+    train: list[Example] = []
+    heldout: list[Example] = []
+    for example in examples:
+        held = _fraction("split", seed, _group(example, by_unit=by_unit)) < share
+        (heldout if held else train).append(example)
+    return train, heldout
+
+
+def _site_data(
+    data: DataSettings,
+    *,
+    name: str,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    labels: tuple[str, ...],
+    seed: int,
+    fold: str,
+) -> SiteData:
+    # The side that yields must not tell of the other: public metrics must not depend on private
+    # records, and training on private records not on further private ones.
+    if data.heldout_public:
+        train = _without(train, heldout)
+    else:
+        heldout = _without(heldout, train)
+    by_unit = bool(data.unit)
+    first_half = fold == "test"
+    heldout = [
+        example
+        for example in heldout
+        if (_fraction("fold", seed, _group(example, by_unit=by_unit)) < 0.5) == first_half
+    ]
+    kept = _distinct(train, seed=seed)
+    if len(kept) < 2:
+        raise DataError(
+            f"site {name}: fewer than 2 different training records are left after the held-out ones were "
+            "set apart. Give it more records, lower data.heldout, or use fewer sites."
+        )
+    owners = Counter(example.unit for example in kept)
+    rows = sorted(json.dumps([example.text, example.label, example.unit]) for example in kept)
+    return SiteData(
+        name=name,
+        train=kept,
+        heldout=_distinct(heldout, seed=seed),
+        labels=labels,
+        instruction=default_instruction(data),
+        units=len(owners) if by_unit else len(kept),
+        units_repeat=by_unit and max(owners.values()) > 1,
+        fingerprint=hashlib.sha256("\n".join(rows).encode()).hexdigest(),
+    )
 
 
 @lru_cache(maxsize=4)
-def _partition(data: DataSettings, *, sites: int, seed: int) -> tuple[Dataset, ...]:
+def _partition(
+    data: DataSettings, sites: int, seed: int, stamp: tuple[int, int]
+) -> tuple[datasets.Dataset, ...]:
+    """Share the records among sites; every record goes to exactly one."""
     records = load_records(data)
-    if len(records) < 2 * sites:
-        raise DataError(f"{len(records)} records are too few for {sites} sites.")
-    if data.partition == "iid":
+    if records.num_rows < 2 * sites:
+        raise DataError(
+            f"{records.num_rows} records cannot be shared among federation.sites={sites}; use fewer sites."
+        )
+    if data.partition == "column":
+        partitioner = NaturalIdPartitioner(partition_by="site")
+    elif data.partition == "iid":
         partitioner = IidPartitioner(num_partitions=sites)
         records = records.shuffle(seed=seed)
-    elif data.partition == "dirichlet":
+    elif data.task == "generate":
+        raise ConfigError("data.partition=dirichlet mixes labels, and data.task=generate has none.")
+    else:
         partitioner = DirichletPartitioner(
             num_partitions=sites,
             partition_by="label",
             alpha=data.dirichlet_alpha,
-            min_partition_size=min(10, len(records) // (2 * sites)),
+            min_partition_size=min(10, records.num_rows // (2 * sites)),
             self_balancing=True,
             seed=seed,
         )
-    else:
-        partitioner = NaturalIdPartitioner(partition_by="site")
-        records = records.sort("site")
+        records = records.shuffle(seed=seed)
     partitioner.dataset = records
-    try:
-        return tuple(partitioner.load_partition(index) for index in range(sites))
-    except ValueError as error:
-        raise DataError(
-            f"data.dirichlet_alpha={data.dirichlet_alpha}: no split gives every site enough records "
-            f"({type(error).__name__}); raise it or use another run.seed."
-        ) from None
+    # the partitioners show a progress bar and tell of every new draw
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return tuple(partitioner.load_partition(index) for index in range(sites))
+        except ValueError:
+            raise DataError(
+                f"data.dirichlet_alpha={data.dirichlet_alpha:g} leaves a site of {sites} without records; "
+                "raise it, or use fewer sites."
+            ) from None
 
 
-def _site(
-    data: DataSettings,
-    name: str,
-    examples: Sequence[Example],
-    public: Sequence[Example] | None,
-    *,
-    seed: int,
-    fold: str,
-    labels: tuple[str, ...],
-) -> SiteData:
-    train, heldout = [], list(public or ())
-    seen = {_normal(example.text) for example in heldout}
-    for example in examples:
-        group = example.unit or _normal(example.text)
-        place = _place(seed, name, group)
-        text = _normal(example.text)
-        if public is None and place < data.heldout:
-            # the held-out half of the unit interval is cut once more into its two folds
-            if (place < data.heldout / 2) == (fold == "test"):
-                heldout.append(example)
-        elif text not in seen:
-            seen.add(text)
-            train.append(example)
-    if public is None:
-        heldout = _without_leaks(heldout, {_normal(example.text) for example in train})
-    if len(train) < 2:
-        raise DataError(
-            f"site {name}: {len(train)} training records are too few; give it more records, fewer sites, "
-            "or a smaller data.heldout."
-        )
-    units = [example.unit for example in train if example.unit]
-    return SiteData(
-        name=name,
-        train=tuple(train),
-        heldout=tuple(heldout),
-        labels=labels,
-        instruction=instruction(data),
-        units=len(set(units)) if units else len(train),
-        units_repeat=len(units) != len(set(units)),
-        fingerprint=_fingerprint(train),
-    )
+def _examples(records: datasets.Dataset) -> list[Example]:
+    units = records["unit"] if "unit" in records.column_names else [""] * records.num_rows
+    return [Example(*row) for row in zip(records["text"], records["label"], units, strict=True)]
 
 
-def _without_leaks(heldout: Iterable[Example], trained: set[str]) -> list[Example]:
-    """Drop held-out texts that a unit of the training records has too, and repeats."""
-    kept: dict[str, Example] = {}
-    for example in heldout:
-        text = _normal(example.text)
-        if text not in trained:
-            kept.setdefault(text, example)
-    return list(kept.values())
+def _group(example: Example, *, by_unit: bool) -> str:
+    return f"unit {example.unit}" if by_unit else f"text {normalised(example.text)}"
 
 
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())
+def _without(examples: Sequence[Example], others: Iterable[Example]) -> list[Example]:
+    """Return the examples whose text, up to case and white space, is not among the others'."""
+    texts = {normalised(example.text) for example in others}
+    return [example for example in examples if normalised(example.text) not in texts]
 
 
-def _place(seed: int, site: str, group: str) -> float:
-    """Return a number in [0, 1) that depends on nothing but seed, site and group."""
-    digest = hashlib.sha256(f"split\x1f{seed}\x1f{site}\x1f{group}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2.0**64
+def _distinct(examples: Iterable[Example], *, seed: int) -> tuple[Example, ...]:
+    """Keep one of the records with the same text and label, in an order that contents decide.
+
+    A text with two labels stays with both: were one dropped, a private record could replace
+    another instead of just being there or not.
+    """
+    kept: dict[tuple[str, str], Example] = {}
+    for example in sorted(examples, key=lambda example: example.unit):
+        kept.setdefault((example.text, example.label), example)
+    return tuple(sorted(kept.values(), key=lambda item: _digest("order", seed, item.text, item.label)))
 
 
-def _fingerprint(train: Iterable[Example]) -> str:
-    rows = sorted(f"{e.text}\x1f{e.label}\x1f{e.unit}" for e in train)
-    return hashlib.sha256("\x1e".join(rows).encode()).hexdigest()
+def _digest(*parts: object) -> bytes:
+    return hashlib.sha256(json.dumps(parts).encode()).digest()
+
+
+def _fraction(*parts: object) -> float:
+    """Return a number in [0, 1) that is a pure function of the parts."""
+    return int.from_bytes(_digest(*parts)[:6]) / 2**48

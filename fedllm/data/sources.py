@@ -1,215 +1,181 @@
-"""Where records come from: terminologies in PyPI packages, local files, the Hugging Face hub."""
+"""Where records come from: a shipped terminology, a local file, or a Hugging Face data set."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd
-from datasets import Dataset, load_dataset
+import datasets
 
 from fedllm.config import DataSettings
-from fedllm.errors import DataError
+from fedllm.data.files import as_strings, read_table, require_columns
+from fedllm.data.terminology import icd10_rows, mcc_rows
+from fedllm.errors import ConfigError, DataError
 
-COLUMNS = ("text", "label", "site", "unit")
-_INSTRUCTIONS = {
-    "icd10": "Name the ICD-10-CM chapter of the diagnosis.",
-    "mcc": "Name the merchant category group of the business.",
-}
+Columns = dict[str, list[str]]
+_INSTRUCTIONS = {"icd10": "Name the ICD-10-CM chapter.", "mcc": "Name the merchant category."}
+_SHOWN_ROWS = 3
 
 
-def instruction(data: DataSettings) -> str:
-    """Return the system message: the recipe's, or the source's own."""
+def load_records(data: DataSettings) -> datasets.Dataset:
+    """Load the records of a recipe.
+
+    ``data.labels`` restricts the labels, ``data.min_per_label`` drops rare ones, then
+    ``data.max_per_label`` keeps the records with the smallest hashes of their texts, whatever
+    their order. A file is read again after it changed.
+
+    Returns
+    -------
+    datasets.Dataset
+        String columns ``text`` and ``label``; ``site`` and ``unit`` where the settings name them.
+
+    Raises
+    ------
+    DataError
+        If the records cannot be used as the settings ask; no message quotes a record's text.
+    ConfigError
+        If the settings name a column or label that a shipped terminology does not have.
+    """
+    return _load(data, file_stamp(data))
+
+
+def file_stamp(data: DataSettings) -> tuple[int, int]:
+    """Return what tells two versions of ``data.path`` apart: time of change in ns, size in bytes."""
+    path = Path(data.path).expanduser()
+    if data.source != "file" or not path.is_file():
+        return (0, 0)
+    return (path.stat().st_mtime_ns, path.stat().st_size)
+
+
+def label_names(data: DataSettings, records: datasets.Dataset) -> tuple[str, ...]:
+    """Return the labels in the order of ``data.labels``, or those of the records, sorted."""
+    return _listed_labels(data) or tuple(sorted(set(records["label"])))
+
+
+def default_instruction(data: DataSettings) -> str:
+    """Return ``data.instruction``, or the source's own one."""
     return data.instruction or _INSTRUCTIONS.get(data.source, "")
 
 
+def column_roles(data: DataSettings) -> dict[str, str]:
+    """Return role -> column name, for the columns the settings name."""
+    roles = {"text": data.text, "label": data.label, "site": data.site, "unit": data.unit}
+    return {role: name for role, name in roles.items() if name}
+
+
 @lru_cache(maxsize=4)
-def load_records(data: DataSettings) -> Dataset:
-    """Return the records as string columns ``text``, ``label`` and, where named, ``site``, ``unit``.
-
-    Raises
-    ------
-    DataError
-        If the source cannot be read or lacks what the settings name.
-    """
-    if data.source == "icd10":
-        frame = _unambiguous(_icd10())
-    elif data.source == "mcc":
-        frame = _unambiguous(_merchant_categories())
+def _load(data: DataSettings, stamp: tuple[int, int]) -> datasets.Dataset:
+    if data.source in _INSTRUCTIONS:
+        where, columns = f"data.source={data.source}", _terminology(data)
     elif data.source == "file":
-        frame = read_file(Path(data.path), columns_of(data))
+        path = Path(data.path).expanduser()
+        where, columns = str(path), dict(read_table(path, column_roles(data)).values)
     else:
-        frame = _from_hub(data)
-    frame = _restrict(frame, data)
-    if frame.empty:
-        raise DataError(
-            "no record is left after data.labels, data.min_per_label and data.max_per_label; loosen them."
-        )
-    return Dataset.from_pandas(frame.reset_index(drop=True), preserve_index=False)
+        where, columns = f"data set {data.name}", _hub(data)
+    for role in ("label", "site", "unit"):
+        if role in columns:
+            columns[role] = [value.strip() for value in columns[role]]
+    for role, values in columns.items():
+        _require_filled(where, role, column_roles(data)[role], values)
+    columns = _select(columns, _with_listed_labels(data, where, columns["label"]))
+    columns = _select(columns, _within_limits(data, columns))
+    if not columns["text"]:
+        raise DataError(f"{where}: no record is left after data.labels and data.min_per_label.")
+    return datasets.Dataset.from_dict(columns)
 
 
-def columns_of(data: DataSettings) -> dict[str, str]:
-    """Return our column name -> the file's, for the columns the settings name."""
-    named = {"text": data.text, "label": data.label, "site": data.site, "unit": data.unit}
-    return {ours: theirs for ours, theirs in named.items() if theirs}
+def _terminology(data: DataSettings) -> Columns:
+    """Return the columns of icd10 or mcc."""
+    known = {"icd10": "", "mcc": "mcc"}[data.source]
+    if data.site:
+        raise ConfigError(f"data.site={data.site}: data.source={data.source} has no column of sites.")
+    if data.unit and data.unit != known:
+        hint = f" but '{known}'" if known else ""
+        raise ConfigError(f"data.unit={data.unit}: data.source={data.source} has no column of units{hint}.")
+    rows = icd10_rows() if data.source == "icd10" else mcc_rows()
+    columns = {"text": [row[0] for row in rows], "label": [row[1] for row in rows]}
+    if data.unit:
+        columns["unit"] = [row[2] for row in rows]
+    return columns
 
 
-def label_names(data: DataSettings, labels: Iterable[str]) -> tuple[str, ...]:
-    """Return the label texts: those of ``data.labels`` in its order, else those found, sorted."""
-    if data.labels:
-        return tuple(part.strip() for part in data.labels.split("|") if part.strip())
-    return tuple(sorted(set(labels)))
-
-
-def read_file(path: Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """Read a csv, jsonl or parquet file into string columns.
-
-    Parameters
-    ----------
-    columns : Mapping[str, str]
-        Our name -> the file's.
-
-    Raises
-    ------
-    DataError
-        Naming the file and what is wrong; texts are never quoted.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: no such data file (data.path).")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the data file is empty.")
+def _hub(data: DataSettings) -> Columns:
+    """Return the columns of a Hugging Face data set; class numbers become class names."""
     try:
-        frame = _parse(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise DataError(f"{path}: not a readable {path.suffix[1:]} file ({type(error).__name__}).") from None
-    return _select(frame, columns, str(path))
-
-
-def _parse(path: Path) -> pd.DataFrame:
-    if path.suffix == ".csv":
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    if path.suffix in {".jsonl", ".ndjson"}:
-        with path.open(encoding="utf-8") as file:
-            return pd.read_json(file, lines=True, dtype=False)
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)
-    raise DataError(f"{path}: data files end in .csv, .jsonl or .parquet.")
-
-
-def _select(frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
-    if frame.empty:
-        raise DataError(f"{where}: the data file has no rows.")
-    for ours, theirs in columns.items():
-        if theirs not in frame.columns:
-            names = [str(name) for name in frame.columns]
-            near = difflib.get_close_matches(theirs, names, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise DataError(
-                f"{where}: no column '{theirs}' (data.{ours}); it has {', '.join(names)}.{hint}"
-            )
-    chosen = pd.DataFrame({ours: frame[theirs] for ours, theirs in columns.items()})
-    for name in chosen.columns:
-        empty = chosen[name].isna() | (chosen[name].astype(str).str.strip() == "")
-        if empty.any():
-            raise DataError(
-                f"{where}: {int(empty.sum())} rows have no {name}, the first is row {int(empty.argmax()) + 1}."
-            )
-        chosen[name] = chosen[name].astype(str).str.strip()
-    return chosen
-
-
-def _from_hub(data: DataSettings) -> pd.DataFrame:
-    try:
-        found = load_dataset(data.name, split=data.split)
-    except Exception as error:  # the hub client raises many kinds, all with the same remedy
+        records = datasets.load_dataset(data.name, split=data.split)
+    except Exception as error:
+        # network, hub and builder each raise kinds of their own, and all mean the same here
         raise DataError(
-            f"data.name: '{data.name}' could not be loaded from the Hugging Face hub "
-            f"({type(error).__name__}). Without a network use data.source=file with a local file."
+            f"data set {data.name} (split {data.split}) cannot be loaded ({type(error).__name__}). Check "
+            "the name and the network, or use a local file: data.source=file, data.path=FILE."
         ) from None
-    return _select(found.to_pandas(), columns_of(data), data.name)
+    roles = column_roles(data)
+    require_columns(f"data set {data.name}", records.column_names, roles)
+    columns: Columns = {}
+    for role, name in roles.items():
+        values, kind = records[name], records.features[name]
+        if isinstance(kind, datasets.ClassLabel):
+            # -1 marks a hidden label
+            values = [kind.names[value] if value is not None and value >= 0 else None for value in values]
+        columns[role] = as_strings(f"data set {data.name}", name, values)
+    return columns
 
 
-def _icd10() -> pd.DataFrame:
-    """Return ICD-10-CM leaf codes: description and short chapter title."""
-    import simple_icd_10_cm as icd
-
-    chapter: dict[str, str] = {}
-    rows = []
-    for code in icd.get_all_codes():
-        if icd.is_leaf(code) and not icd.is_chapter_or_block(code):
-            top = icd.get_ancestors(code)[-1]
-            if top not in chapter:
-                chapter[top] = short_chapter(icd.get_description(top))
-            rows.append((icd.get_description(code).strip(), chapter[top], code.split(".")[0]))
-    return pd.DataFrame(rows, columns=["text", "label", "unit"])
+def _require_filled(where: str, role: str, name: str, values: Sequence[str]) -> None:
+    empty = [number for number, value in enumerate(values, start=1) if not value.strip()]
+    if empty:
+        shown = ", ".join(map(str, empty[:_SHOWN_ROWS])) + (", ..." if len(empty) > _SHOWN_ROWS else "")
+        raise DataError(
+            f"{where}: {len(empty)} of {len(values)} records have an empty '{name}' (data.{role}): record "
+            f"{shown}. Fill or remove them."
+        )
 
 
-def short_chapter(title: str) -> str:
-    """Return the leading words of a chapter's title, in lower case.
-
-    >>> short_chapter("Diseases of the circulatory system (I00-I99)")
-    'circulatory system'
-    >>> short_chapter("Injury, poisoning and certain other consequences of external causes (S00-T88)")
-    'injury'
-    """
-    title = re.sub(r"^(Diseases of the|Certain|Codes for)\s+", "", title)
-    words = re.split(r",|\s+\(|\s+and\s|\s+of\s|\s+originating", title)[0]
-    return words.lower()
+def _listed_labels(data: DataSettings) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(label.strip() for label in data.labels.split("|") if label.strip()))
 
 
-def _merchant_categories() -> pd.DataFrame:
-    """Return the networks' descriptions of merchant category codes and their group."""
-    import iso18245
-
-    rows = []
-    for mcc in iso18245.get_all_mccs():
-        group = mcc.range.description.strip()
-        if mcc.range.reserved or not group:
-            continue
-        for text in (
-            mcc.iso_description,
-            mcc.usda_description,
-            mcc.stripe_description,
-            mcc.visa_description,
-            mcc.alipay_description,
-            mcc.mastercard_description,
-            mcc.amex_description,
-        ):
-            if text.strip():
-                rows.append((text.strip(), group.lower(), mcc.mcc))
-    return pd.DataFrame(rows, columns=["text", "label", "unit"])
+def _with_listed_labels(data: DataSettings, where: str, labels: Sequence[str]) -> list[int]:
+    """Return the rows whose label ``data.labels`` lists; files must not hold others."""
+    listed = _listed_labels(data)
+    if not listed:
+        return list(range(len(labels)))
+    rows = [row for row, label in enumerate(labels) if label in set(listed)]
+    if data.source in _INSTRUCTIONS:
+        known = sorted(set(labels))
+        for label in listed:
+            if label not in known:
+                near = difflib.get_close_matches(label, known, n=1, cutoff=0.3)
+                hint = f" Did you mean '{near[0]}'?" if near else f" Its labels: {' | '.join(known)}."
+                raise ConfigError(f"data.labels: '{label}' is not a label of {where}.{hint}")
+    elif len(rows) < len(labels):
+        raise DataError(
+            f"{where}: {len(labels) - len(rows)} of {len(labels)} records have a label that is not among "
+            f"the {len(listed)} of data.labels. Add it there, or remove the records."
+        )
+    return rows
 
 
-def _unambiguous(frame: pd.DataFrame) -> pd.DataFrame:
-    """Drop repeated texts, and texts that occur under two labels."""
-    key = frame["text"].str.casefold()
-    labels = frame.groupby(key)["label"].transform("nunique")
-    return frame[labels == 1].loc[lambda part: ~part["text"].str.casefold().duplicated()]
+def _within_limits(data: DataSettings, columns: Columns) -> list[int]:
+    """Return the rows that ``data.min_per_label`` and ``data.max_per_label`` leave, in order."""
+    counts = Counter(columns["label"])
+    rows = [row for row, label in enumerate(columns["label"]) if counts[label] >= data.min_per_label]
+    if data.max_per_label == 0:
+        return rows
+    by_label = defaultdict(list)
+    for row in rows:
+        by_label[columns["label"][row]].append(row)
+
+    def rank(row: int) -> tuple[bytes, ...]:
+        digest = hashlib.sha256(columns["text"][row].encode()).digest()
+        return (digest, *(values[row].encode() for values in columns.values()))
+
+    return sorted(row for mine in by_label.values() for row in sorted(mine, key=rank)[: data.max_per_label])
 
 
-def _restrict(frame: pd.DataFrame, data: DataSettings) -> pd.DataFrame:
-    counts = Counter(frame["label"])
-    frame = frame[frame["label"].map(lambda label: counts[label] >= data.min_per_label)]
-    if data.max_per_label:
-        rank = frame["text"].map(_stable)
-        frame = frame.loc[rank.sort_values(kind="stable").index]
-        frame = frame.groupby("label", sort=False).head(data.max_per_label).sort_index()
-    if data.labels:
-        known = label_names(data, ())
-        outside = ~frame["label"].isin(known)
-        if outside.any() and data.source in {"file", "hub"}:
-            raise DataError(f"{int(outside.sum())} records carry a label that data.labels does not list.")
-        frame = frame[~outside]
-    keep: Sequence[str] = [name for name in ("text", "label", *columns_of(data)) if name in frame.columns]
-    return frame[list(dict.fromkeys(keep))]
-
-
-def _stable(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _select(columns: Columns, rows: Sequence[int]) -> Columns:
+    return {role: [values[row] for row in rows] for role, values in columns.items()}

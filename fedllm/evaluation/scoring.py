@@ -15,7 +15,11 @@ from transformers import PreTrainedModel
 
 
 def label_log_likelihoods(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], *, pad_id: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
 ) -> Tensor:
     """Return log p(label tokens | prompt), shape (prompts, labels), float32.
 
@@ -65,12 +69,18 @@ def label_log_likelihoods(
 
 def _block_mask(sizes: Sequence[int]) -> Tensor:
     """Return the causal mask inside each label, block-diagonal over labels."""
-    return torch.block_diag(*[torch.ones(size, size).tril() for size in sizes]).bool()
+    mask: Tensor = torch.block_diag(  # type: ignore[no-untyped-call]
+        *[torch.ones(size, size).tril() for size in sizes]
+    )
+    return mask.bool()
 
 
 def _sources(labels: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for every label token: where it is predicted from (-1: the prompt's end), its id, its label."""
-    sources, targets, owner, start = [], [], [], width
+    sources: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
+    start = width
     for number, label in enumerate(labels):
         sources += [-1, *range(start, start + len(label) - 1)]
         targets += label

@@ -1,0 +1,1 @@
+"""The Flower side of the library: records, client handlers, server loop."""

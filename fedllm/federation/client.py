@@ -93,7 +93,8 @@ def _make_basis(site: Site, notes: dict[str, Note], payload: bytes | None) -> An
     spec = _server_spec(site, notes)
     base = load_base(site.config.model)
     weights = {
-        module: base.get_submodule(module).weight.detach().float().cpu().numpy() for module in spec.shapes
+        module: base.get_submodule(module).get_parameter("weight").detach().float().cpu().numpy()
+        for module in spec.shapes
     }
     return {}, save(svd_basis(weights, rank=spec.rank).tensors)
 
@@ -186,7 +187,12 @@ def _server_spec(site: Site, notes: dict[str, Note]) -> AdapterSpec:
     ours = adapter_spec(site.config)
     basis = str(notes["basis"])
     theirs = AdapterSpec(
-        method=ours.method, rank=ours.rank, scale=ours.scale, shapes=ours.shapes, basis=basis, base=ours.base
+        method=ours.method,
+        rank=ours.rank,
+        scale=ours.scale,
+        shapes=ours.shapes,
+        basis=basis,
+        base=ours.base,
     )
     if "spec" in notes:
         try:

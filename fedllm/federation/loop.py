@@ -101,7 +101,11 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
 
 def _accept(run: ServerRun, reply: Reply, round: int) -> Update | None:
     """Check one reply, record it as an event, and return its update if it is valid."""
-    reason, update, measured = reply.reason, None, dict.fromkeys(("loss", "accuracy", "macro_f1", "epsilon"))
+    reason, update, measured = (
+        reply.reason,
+        None,
+        dict.fromkeys(("loss", "accuracy", "macro_f1", "epsilon")),
+    )
     released: dict[str, float | None] = dict(measured)
     try:
         if not reason:
@@ -172,6 +176,4 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
                     majority_macro_f1=number(reply.notes, "majority_macro_f1"),
                 )
         except FedllmError as error:
-            append_event(
-                run.folder, "warning", text=f"{reply.peer.name}: no final evaluation ({error})"
-            )
+            append_event(run.folder, "warning", text=f"{reply.peer.name}: no final evaluation ({error})")

@@ -8,7 +8,7 @@ from flwr.common.serde import recorddict_to_proto
 
 from fedllm.errors import WireError
 
-Note = str | int | float | bool | list[float] | list[str]
+Note = str | int | float | bool | bytes | list[int] | list[float] | list[str] | list[bool] | list[bytes]
 _ARRAYS, _NOTES, _PAYLOAD = "arrays", "notes", "payload"
 _BYTES = "fedllm.bytes"
 

@@ -105,7 +105,9 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
         folder=folder,
         run_id=uuid.uuid4().hex[:12],
         spec=spec,
-        basis=_known_basis(spec, Path(config.adapter.init) if config.adapter.init else folder.checkpoints_dir),
+        basis=_known_basis(
+            spec, Path(config.adapter.init) if config.adapter.init else folder.checkpoints_dir
+        ),
         seed=seed,
         state=state,
     )
@@ -179,7 +181,9 @@ def greet(run: ServerRun, grid: Grid) -> None:
         return
     taken = {peer.index for peer in run.peers.values()}
     free = [index for index in range(run.config.federation.sites) if index not in taken]
-    replies = _hello(run, grid, [Peer(name=f"node {n}", node=n, index=i) for n, i in zip(new, free, strict=False)])
+    replies = _hello(
+        run, grid, [Peer(name=f"node {n}", node=n, index=i) for n, i in zip(new, free, strict=False)]
+    )
     for reply in replies:
         _welcome(run, reply)
     if replies and all(reply.notes.get("simulated") is True for reply in replies if not reply.reason):
@@ -265,7 +269,9 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
     for reply in exchange(grid, contents, kind="query.keep_basis", group="0", deadline=deadline):
         up, down = up + reply.bytes_up, down + reply.bytes_down
         if reply.reason:
-            append_event(run.folder, "warning", text=f"{reply.peer.name} did not take the basis: {reply.reason}")
+            append_event(
+                run.folder, "warning", text=f"{reply.peer.name} did not take the basis: {reply.reason}"
+            )
         else:
             run.holders.add(reply.peer.name)
     append_event(run.folder, "basis_shipped", bytes_up=up, bytes_down=down)

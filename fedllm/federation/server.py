@@ -58,11 +58,15 @@ def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
                 sites=config.federation.sites,
                 rounds=config.federation.rounds,
                 config=config.changed(),
-                versions={name: version(name) for name in ("fedllm", "flwr", "torch", "transformers", "peft")},
+                versions={
+                    name: version(name) for name in ("fedllm", "flwr", "torch", "transformers", "peft")
+                },
             )
         strategies = importlib.import_module("strategies")
         strategy = strategies.make(run)
-        strategy.start(grid, ArrayRecord(), config.federation.rounds, config.federation.deadline, ConfigRecord())
+        strategy.start(
+            grid, ArrayRecord(), config.federation.rounds, config.federation.deadline, ConfigRecord()
+        )
         write_manifest(
             folder,
             config=config,
@@ -98,5 +102,3 @@ def _write_pages(folder: RunFolder) -> None:
         write_report(folder)
     except (OSError, FedllmError) as error:
         print(f"the report could not be written: {error}")
-
-

@@ -171,7 +171,8 @@ def use_threads(config: Config) -> int:
     if not threads and in_simulation():
         import ray
 
-        threads = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)) or 1
+        resources = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+        threads = int(resources.get("CPU", 1)) or 1
     threads = threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     return threads

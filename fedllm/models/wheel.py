@@ -103,9 +103,8 @@ def _pip_message(model: EmbeddedModel, output: str) -> str:
         return f"model '{model.name}': the disk is full. Free some, or set FEDLLM_HOME to another disk."
     # pip says "no matching distribution" for a dead network too, after its connection warnings.
     if any(word in output for word in ("connection broken", "ConnectionError", "Max retries", "timed out")):
-        return (
-            f"model '{model.name}': no network to download {wanted}. Connect and try again, "
-            + _elsewhere(model)
+        return f"model '{model.name}': no network to download {wanted}. Connect and try again, " + _elsewhere(
+            model
         )
     if "No matching distribution" in output:
         return (

@@ -49,9 +49,7 @@ class Entry:
     @property
     def spend(self) -> Spend:
         """Return what the accountant needs."""
-        return Spend(
-            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps
-        )
+        return Spend(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps)
 
 
 class Ledger:

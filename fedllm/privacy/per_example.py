@@ -93,7 +93,7 @@ def record_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
     """
     sink = GradientSink()
     names = {id(parameter): name for name, parameter in parameters.items()}
-    replaced = set()
+    replaced: set[str] = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and id(module.weight) in names:
             if module.bias is not None:

@@ -83,9 +83,7 @@ def make_plan(
     rate, steps = batch / records, train.local_steps
     sigma = privacy.noise_multiplier
     if not sigma:
-        sigma = calibrate(
-            target=privacy.epsilon, delta=privacy.delta, sample_rate=rate, steps=steps * rounds
-        )
+        sigma = calibrate(target=privacy.epsilon, delta=privacy.delta, sample_rate=rate, steps=steps * rounds)
         if sum(spend.steps for spend in spent) > steps * (round - 1):
             sigma = calibrate(
                 target=privacy.epsilon,
@@ -105,9 +103,7 @@ def make_plan(
     )
 
 
-def authorise(
-    plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str, round: int
-) -> float:
+def authorise(plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str, round: int) -> float:
     """Book one round if the site's policy and budget allow it, and return the run's epsilon after it.
 
     The projection covers the rounds still planned, so that a run which cannot be finished is
@@ -126,8 +122,8 @@ def authorise(
     if projected > policy.max_epsilon * (1 + 1e-6):
         held = epsilon(spent, delta=policy.max_delta)
         raise BudgetError(
-            f"site {policy.site}: budget exhausted. {held:.2f} of epsilon {policy.max_epsilon:g} is spent on "
-            f"this data set and the remaining rounds would bring it to {projected:.2f}."
+            f"site {policy.site}: budget exhausted. {held:.2f} of epsilon {policy.max_epsilon:g} is spent "
+            f"on this data set and the remaining rounds would bring it to {projected:.2f}."
         )
     ledger.book(
         Entry(

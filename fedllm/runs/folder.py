@@ -93,9 +93,7 @@ def create_run(config: Config) -> RunFolder:
         If the folder exists with something in it, or cannot be made or written.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    path = (
-        Path(config.run.dir or home() / "runs" / f"{stamp}-{secrets.token_hex(2)}").expanduser().absolute()
-    )
+    path = Path(config.run.dir or home() / "runs" / f"{stamp}-{secrets.token_hex(2)}").expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
         taken = any(path.iterdir())

@@ -22,7 +22,6 @@ from fedllm.privacy.noise import SecureGenerator, poisson_sample
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training.session import Session, SiteTokens, record_losses
 from fedllm.training.steps import (
-    collate,
     learning_rate,
     micro_batches,
     plain_gradients,
@@ -95,9 +94,7 @@ def train_round(
         else:
             chosen = poisson_sample(len(site.train), rate=plan.sample_rate, generator=generator)
             records = [site.train[index] for index in chosen]
-            private_gradients(
-                session, records, plan=plan, generator=generator, micro_batch=train.micro_batch
-            )
+            private_gradients(session, records, plan=plan, generator=generator, micro_batch=train.micro_batch)
             _checked_step(session, optimizer, first=local == 0)
     optimizer.zero_grad(set_to_none=True)
     result = read_state(session.method, session.model, session.spec)
@@ -140,7 +137,9 @@ def evaluate(
                 for chunk in micro_batches(chosen, size)
             ]
         return Scores(records=len(chosen), loss=sum(losses) / len(chosen), accuracy=None, macro_f1=None)
-    truth, guess, loss = [], [], 0.0
+    truth: list[str] = []
+    guess: list[str] = []
+    loss = 0.0
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
         scores = label_log_likelihoods(

@@ -158,14 +158,11 @@ def record_losses(base: PreTrainedModel, batch: Batch) -> Tensor:
     clipping would no longer bound its influence.
     """
     device = base.device
-    hidden = (
-        base.get_decoder()(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            use_cache=False,
-        )
-        .last_hidden_state[:, :-1]
-    )
+    hidden = base.get_decoder()(
+        input_ids=batch.input_ids.to(device),
+        attention_mask=batch.attention_mask.to(device),
+        use_cache=False,
+    ).last_hidden_state[:, :-1]
     rows, columns = batch.answer_mask[:, 1:].nonzero(as_tuple=True)
     logits = base.get_output_embeddings()(hidden[rows.to(device), columns.to(device)])
     targets = batch.input_ids[rows, columns + 1].to(device)

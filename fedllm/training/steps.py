@@ -43,7 +43,7 @@ def plain_gradients(session: Session, records: Sequence[Encoded], *, micro_batch
     total = 0.0
     for chunk in micro_batches(records, micro_batch):
         losses = record_losses(session.base, collate(chunk, session.pad_id))
-        (losses.sum() / len(records)).backward()
+        (losses.sum() / len(records)).backward()  # type: ignore[no-untyped-call]
         total += float(losses.detach().sum())
     return total / len(records)
 
@@ -70,7 +70,7 @@ def private_gradients(
     sums = {key: torch.zeros_like(value) for key, value in session.parameters.items()}
     for chunk in micro_batches(records, micro_batch):
         losses = record_losses(session.base, collate(chunk, session.pad_id))
-        losses.sum().backward()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
         gradients = session.sink.take()
         _require_all(session, gradients, rows=len(chunk))
         for key, value in clipped_sum(gradients, clipping_norm=plan.clipping_norm).items():

@@ -112,7 +112,7 @@ def decode(payload: bytes, *, spec: AdapterSpec, layout: Layout) -> AdapterState
     try:
         length = int.from_bytes(payload[:8], "little")
         metadata = json.loads(payload[8 : 8 + length]).get("__metadata__", {})
-        tensors = deserialize(payload)
+        tensors = deserialize(payload)  # type: ignore[no-untyped-call]
     except (SafetensorError, ValueError, AttributeError, RecursionError):
         raise WireError("the payload is not a readable adapter (damaged or truncated).") from None
     if not isinstance(metadata, dict):

@@ -40,7 +40,9 @@ def test_mean_of_r_is_the_mean_of_b_r_a(case: tuple[AdapterSpec, list[AdapterSta
     basis = seeded_basis(spec.shapes, rank=spec.rank, seed="00")
     up, down = basis.up["m"].astype(np.float64), basis.down["m"].astype(np.float64)
     shares = np.array(weights) / sum(weights)
-    expected = sum(p * up @ s.tensors["m.R"].astype(np.float64) @ down for p, s in zip(shares, states, strict=True))
+    expected = sum(
+        p * up @ s.tensors["m.R"].astype(np.float64) @ down for p, s in zip(shares, states, strict=True)
+    )
     mean = weighted_mean(states, weights).tensors["m.R"].astype(np.float64)
     # the result is stored in float32; before that rounding the two are equal to 1e-12
     assert np.allclose(up @ mean @ down, expected, atol=1e-6)

@@ -56,7 +56,10 @@ def test_round_trips(tmp_path: Path) -> None:
         ({"data.prompt": "x"}, "must contain {text}"),
         ({"federation.quorum": 9}, "9 replies cannot come from 4 sites"),
         ({"strategy.name": "fedit"}, "defined for adapter.method=lora"),
-        ({"adapter.method": "lora", "adapter.basis": "public-svd"}, "applies to adapter.method=fed-sb only"),
+        (
+            {"adapter.method": "lora", "adapter.basis": "public-svd"},
+            "applies to adapter.method=fed-sb only",
+        ),
     ],
 )
 def test_bad_settings_are_named(values: dict[str, object], message: str) -> None:

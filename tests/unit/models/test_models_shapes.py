@@ -138,9 +138,7 @@ def test_weights_fingerprint(tiny):
         changed.mul_(1.001)
     assert weights_fingerprint(again) != ours
     same = base.model.layers[1].mlp.up_proj.weight
-    assert (
-        weights_fingerprint(again, exclude=[changed]) == weights_fingerprint(base, exclude=[same]) != ours
-    )
+    assert weights_fingerprint(again, exclude=[changed]) == weights_fingerprint(base, exclude=[same]) != ours
     codes = {
         kind: weights_fingerprint(load_base(replace(tiny, quantization=kind))) for kind in ("4bit", "8bit")
     }

@@ -46,8 +46,7 @@ checkpoints = st.builds(
 
 def same(left: Checkpoint, right: Checkpoint) -> bool:
     return (
-        (left.round, left.state.spec, dict(left.extra))
-        == (right.round, right.state.spec, dict(right.extra))
+        (left.round, left.state.spec, dict(left.extra)) == (right.round, right.state.spec, dict(right.extra))
         and list(left.state.layout.items()) == list(right.state.layout.items())
         and all(left.state.tensors[k].tobytes() == v.tobytes() for k, v in right.state.tensors.items())
     )

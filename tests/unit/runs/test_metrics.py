@@ -23,9 +23,7 @@ def test_federation_row_is_means_sums_and_the_largest_epsilon(make_run, reply) -
     append_event(folder, "round_started", round=1, sites=["a", "b", "c"])
     reply(folder, 1, "a", loss=1.0, accuracy=0.25, epsilon=0.5)
     reply(folder, 1, "b", loss=2.0, accuracy=0.75, epsilon=1.5)
-    reply(
-        folder, 1, "c", accepted=False, reason="late", loss=None, accuracy=None, macro_f1=None, bytes_up=0
-    )
+    reply(folder, 1, "c", accepted=False, reason="late", loss=None, accuracy=None, macro_f1=None, bytes_up=0)
     finish(folder, 1)
     table = rows(folder)
     assert tuple(table[0]) == COLUMNS

@@ -1,0 +1,145 @@
+"""What a site should know about its file before it joins a run."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from fedllm.config import DataSettings
+from fedllm.data.encode import PromptEncoder
+from fedllm.data.files import read_table
+from fedllm.data.records import Example
+from fedllm.data.sources import column_roles, default_instruction
+
+_MEASURED = 2000
+_FEW = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileReport:
+    """Counts over one file; none of its texts.
+
+    Attributes
+    ----------
+    rows : int
+        Records in the file.
+    columns : tuple[str, ...]
+        All column names.
+    labels : Mapping[str, int]
+        Label -> records, most frequent first.
+    duplicates : int
+        Records that repeat the text and label of an earlier one.
+    conflicting : int
+        Texts that occur with more than one label.
+    empty : int
+        Records that lack a text, a label, or a site or unit the settings name.
+    truncated : float or None
+        Share of records whose text is cut at ``train.max_length``, measured on at most 2000 of
+        them spread over the file; None without a tokenizer.
+    sites : Mapping[str, int] or None
+        Site -> records; None without ``data.site``.
+    units : tuple[int, int] or None
+        Number of units and the most records of one; None without ``data.unit``.
+    warnings : tuple[str, ...]
+        What to look at before a run.
+    """
+
+    rows: int
+    columns: tuple[str, ...]
+    labels: Mapping[str, int]
+    duplicates: int
+    conflicting: int
+    empty: int
+    truncated: float | None
+    sites: Mapping[str, int] | None
+    units: tuple[int, int] | None
+    warnings: tuple[str, ...]
+
+
+def check_file(
+    path: str | Path,
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 128,
+) -> FileReport:
+    """Read a site's file as a run would and report on it.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be read or lacks a column.
+    """
+    table = read_table(Path(path).expanduser(), column_roles(data))
+    values = table.values
+    pairs = list(zip(values["text"], (label.strip() for label in values["label"]), strict=True))
+    filled = [pair for pair in pairs if pair[0].strip() and pair[1]]
+    labels_of = defaultdict(set)
+    for text, label in filled:
+        labels_of[text].add(label)
+    sites = Counter(values["site"]) if "site" in values else None
+    owners = Counter(values["unit"]) if "unit" in values else None
+    report = FileReport(
+        rows=len(pairs),
+        columns=table.columns,
+        labels=dict(Counter(label for _, label in filled).most_common()),
+        duplicates=len(filled) - len(set(filled)),
+        conflicting=sum(len(labels) > 1 for labels in labels_of.values()),
+        empty=sum(not all(value.strip() for value in row) for row in zip(*values.values(), strict=True)),
+        truncated=_truncated(filled, data, tokenizer, max_length),
+        sites=None if sites is None else dict(sorted(sites.items())),
+        units=None if owners is None else (len(owners), max(owners.values())),
+        warnings=(),
+    )
+    return replace(report, warnings=tuple(_warnings(report, data, max_length)))
+
+
+def _truncated(
+    filled: list[tuple[str, str]],
+    data: DataSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
+) -> float | None:
+    if tokenizer is None or not filled:
+        return None
+    encoder = PromptEncoder(
+        tokenizer, instruction=default_instruction(data), prompt=data.prompt, max_length=max_length
+    )
+    sample = filled[:: -(-len(filled) // _MEASURED)]
+    return sum(encoder.encode(Example(text, label, "")).truncated for text, label in sample) / len(sample)
+
+
+def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[str]:
+    found = []
+    if report.empty:
+        found.append(f"{report.empty} records lack a value; a run refuses the file until they are gone.")
+    if report.duplicates:
+        found.append(f"{report.duplicates} records repeat an earlier one and will be dropped.")
+    if data.task == "classify":
+        found += _label_warnings(report, data)
+    if report.truncated:
+        found.append(f"{report.truncated:.0%} of texts lose their end at train.max_length={max_length}.")
+    if report.units is not None and report.units[1] > 1:
+        found.append(
+            f"one '{data.unit}' owns up to {report.units[1]} records; a private run takes one record a unit."
+        )
+    return found
+
+
+def _label_warnings(report: FileReport, data: DataSettings) -> list[str]:
+    found = []
+    if report.conflicting:
+        found.append(f"{report.conflicting} texts occur with more than one label.")
+    if len(report.labels) == 1:
+        found.append("all records have the same label.")
+    rare = sum(count < _FEW for count in report.labels.values())
+    if rare:
+        found.append(f"{rare} of {len(report.labels)} labels have fewer than {_FEW} records.")
+    listed = {label.strip() for label in data.labels.split("|") if label.strip()}
+    foreign = sum(count for label, count in report.labels.items() if label not in listed)
+    if listed and foreign:
+        found.append(f"{foreign} records have a label outside data.labels; a run refuses the file.")
+    return found

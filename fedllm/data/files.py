@@ -1,0 +1,193 @@
+"""Read columns of a csv, jsonl or parquet file as strings, with errors that quote no record."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from fedllm.errors import DataError
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+# a longer "column name" is most likely a record: the file has no header
+_LONGEST_NAME = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A file's columns.
+
+    Attributes
+    ----------
+    columns : tuple[str, ...]
+        All column names, in the file's order.
+    values : Mapping[str, list[str]]
+        Role (``text``, ``label``, ``site``, ``unit``) -> that column's values; a missing value is
+        an empty string.
+    """
+
+    columns: tuple[str, ...]
+    values: Mapping[str, list[str]]
+
+
+def read_table(path: Path, roles: Mapping[str, str]) -> Table:
+    """Read the columns that have a role.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.csv`` file with a header, a ``.jsonl`` file of objects, or a ``.parquet`` file.
+    roles : Mapping[str, str]
+        Role -> column name.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, empty, damaged, not UTF-8, of another kind, or lacks a column.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: unknown kind of file '{suffix}'; use {', '.join(SUFFIXES)}.")
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty.")
+        if suffix == ".parquet":
+            return _read_parquet(path, roles)
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte 0x{error.object[error.start]:02x} at position {error.start}); "
+            "save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
+    return (_read_csv if suffix == ".csv" else _read_jsonl)(path, text, roles)
+
+
+def require_columns(where: object, columns: Sequence[str], roles: Mapping[str, str]) -> None:
+    """Refuse a table that lacks a column, naming the nearest one.
+
+    Raises
+    ------
+    DataError
+        If a column is missing or occurs twice.
+    """
+    for role, name in roles.items():
+        if name not in columns:
+            if any(len(column) > _LONGEST_NAME for column in columns):
+                raise DataError(
+                    f"{where}: no column '{name}' (data.{role}); its first line looks like no header."
+                )
+            near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise DataError(
+                f"{where}: no column '{name}' (data.{role}). Its columns are {', '.join(columns)}.{hint}"
+            )
+        if columns.count(name) > 1:
+            raise DataError(f"{where}: the column '{name}' (data.{role}) occurs twice; rename one.")
+
+
+def as_strings(where: object, column: str, values: Sequence[object]) -> list[str]:
+    """Return a column's values as strings; numbers are written out, missing values are empty.
+
+    Raises
+    ------
+    DataError
+        If the column holds lists, objects or bytes.
+    """
+    strings = []
+    for value in values:
+        if value is None or value != value:
+            strings.append("")
+        elif isinstance(value, list | dict | tuple | bytes):
+            raise DataError(
+                f"{where}: the column '{column}' holds {type(value).__name__} values, not text or numbers."
+            )
+        elif isinstance(value, float) and value.is_integer():
+            # an integer column with gaps arrives as floats
+            strings.append(str(int(value)))
+        else:
+            strings.append(str(value))
+    try:
+        "".join(strings).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: the column '{column}' holds half a surrogate pair (\\ud800-\\udfff)."
+        ) from None
+    return strings
+
+
+def _read_csv(path: Path, text: str, roles: Mapping[str, str]) -> Table:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        require_columns(path, columns, roles)
+        rows = []
+        for row in reader:
+            if row and len(row) != len(columns):
+                raise DataError(
+                    f"{path}: line {reader.line_num} has {len(row)} values, the header names "
+                    f"{len(columns)} columns; put texts with commas or line breaks in double quotes."
+                )
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        raise DataError(f"{path}: not valid csv near line {reader.line_num} ({error}).") from None
+    _require_rows(path, len(rows))
+    places = {role: columns.index(name) for role, name in roles.items()}
+    return Table(
+        columns=tuple(columns),
+        values={role: [row[place] for row in rows] for role, place in places.items()},
+    )
+
+
+def _read_jsonl(path: Path, text: str, roles: Mapping[str, str]) -> Table:
+    rows = []
+    # not splitlines(): a JSON string may hold U+2028 and its like
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise DataError(f"{path}: line {number} is not valid JSON.") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} is not a JSON object such as {{...}}.")
+        rows.append(row)
+    _require_rows(path, len(rows))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    require_columns(path, columns, roles)
+    return Table(
+        columns=tuple(columns),
+        values={
+            role: as_strings(path, name, [row.get(name) for row in rows]) for role, name in roles.items()
+        },
+    )
+
+
+def _read_parquet(path: Path, roles: Mapping[str, str]) -> Table:
+    try:
+        columns = pq.ParquetFile(path).schema_arrow.names
+        require_columns(path, columns, roles)
+        table = pq.ParquetFile(path).read(columns=sorted(set(roles.values())))
+    except pa.ArrowException:
+        raise DataError(f"{path}: not a readable parquet file.") from None
+    _require_rows(path, table.num_rows)
+    return Table(
+        columns=tuple(columns),
+        values={role: as_strings(path, name, table.column(name).to_pylist()) for role, name in roles.items()},
+    )
+
+
+def _require_rows(path: Path, rows: int) -> None:
+    if rows == 0:
+        raise DataError(f"{path}: the file has no records.")
