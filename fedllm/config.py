@@ -305,8 +305,8 @@ def _unknown(key: str, known: Iterable[str]) -> str:
     return f"unknown setting '{key}'.{hint}"
 
 
-def _coerce(key: str, value: object, known: dataclasses.Field[Scalar]) -> Scalar:
-    kind = type(known.default)
+def _coerce(key: str, value: Scalar, known: dataclasses.Field[Scalar]) -> Scalar:
+    kind: type[Scalar] = type(known.default)  # type: ignore[assignment]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):

@@ -1,0 +1,1 @@
+"""Sources, prompts, partitions and batches."""

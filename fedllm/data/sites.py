@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import datasets
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
 
 from fedllm.config import DataSettings
 from fedllm.data.records import Example, normalised
@@ -65,7 +64,7 @@ def site_names(data: DataSettings, *, sites: int) -> tuple[str, ...]:
     """
     if data.partition != "column":
         return tuple(f"site-{index}" for index in range(sites))
-    names = tuple(sorted(set(load_records(data)["site"])))
+    names = tuple(sorted(load_records(data).unique("site")))
     if len(names) != sites:
         raise DataError(
             f"the column '{data.site}' (data.site) names {len(names)} sites, federation.sites asks for "
@@ -201,6 +200,9 @@ def _partition(
     data: DataSettings, sites: int, seed: int, stamp: tuple[int, int]
 ) -> tuple[datasets.Dataset, ...]:
     """Share the records among sites; every record goes to exactly one."""
+    # slow to import, and real sites do not need it
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
+
     records = load_records(data)
     if records.num_rows < 2 * sites:
         raise DataError(
@@ -237,8 +239,9 @@ def _partition(
 
 
 def _examples(records: datasets.Dataset) -> list[Example]:
-    units = records["unit"] if "unit" in records.column_names else [""] * records.num_rows
-    return [Example(*row) for row in zip(records["text"], records["label"], units, strict=True)]
+    columns = records[:]
+    units = columns.get("unit", [""] * records.num_rows)
+    return [Example(*row) for row in zip(columns["text"], columns["label"], units, strict=True)]
 
 
 def _group(example: Example, *, by_unit: bool) -> str:

@@ -53,7 +53,7 @@ def file_stamp(data: DataSettings) -> tuple[int, int]:
 
 def label_names(data: DataSettings, records: datasets.Dataset) -> tuple[str, ...]:
     """Return the labels in the order of ``data.labels``, or those of the records, sorted."""
-    return _listed_labels(data) or tuple(sorted(set(records["label"])))
+    return _listed_labels(data) or tuple(sorted(records.unique("label")))
 
 
 def default_instruction(data: DataSettings) -> str:
@@ -113,11 +113,13 @@ def _hub(data: DataSettings) -> Columns:
             f"data set {data.name} (split {data.split}) cannot be loaded ({type(error).__name__}). Check "
             "the name and the network, or use a local file: data.source=file, data.path=FILE."
         ) from None
+    if not isinstance(records, datasets.Dataset):
+        raise DataError(f"data set {data.name}: data.split must name one split, such as train.")
     roles = column_roles(data)
     require_columns(f"data set {data.name}", records.column_names, roles)
     columns: Columns = {}
     for role, name in roles.items():
-        values, kind = records[name], records.features[name]
+        values, kind = records[name][:], records.features[name]
         if isinstance(kind, datasets.ClassLabel):
             # -1 marks a hidden label
             values = [kind.names[value] if value is not None and value >= 0 else None for value in values]

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flwr.serverapp import Grid
+from safetensors.numpy import save_file
 
 from fedllm.adapters.export import save_peft_adapter
 from fedllm.adapters.state import AdapterState
 from fedllm.errors import FedllmError, RunError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.records import number, pack, text
-from fedllm.federation.run import ServerRun, gather_sites, greet, ship_basis
+from fedllm.federation.run import BASIS_FILE, ServerRun, gather_sites, greet, ship_basis
 from fedllm.runs.checkpoints import Checkpoint, save_checkpoint
 from fedllm.runs.events import append_event
 from fedllm.runs.metrics import write_metrics
@@ -63,6 +64,8 @@ def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
         save_peft_adapter(
             run.state, run.basis, run.folder.adapter_dir, base_model=run.config.model.name, seed=run.seed
         )
+        if run.spec.basis.startswith("shipped:"):
+            save_file(run.basis.tensors, run.folder.adapter_dir / BASIS_FILE)
 
 
 def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> None:

@@ -92,8 +92,8 @@ class SitePolicy:
         """
         if noise_multiplier < self.min_noise_multiplier:
             raise BudgetError(
-                f"site {self.site}: a noise multiplier of {noise_multiplier:.3f} is below its policy's least, "
-                f"{self.min_noise_multiplier:g}; use a smaller epsilon or fewer steps."
+                f"site {self.site}: a noise multiplier of {noise_multiplier:.3f} is below its policy's "
+                f"least, {self.min_noise_multiplier:g}; use a smaller epsilon or fewer steps."
             )
 
 

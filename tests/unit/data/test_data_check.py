@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from fedllm.config import DataSettings
+from fedllm.data.check import check_file
+from fedllm.errors import DataError
+
+ROWS = [
+    ("short", "x", "north", "p1"),
+    ("short", "x", "north", "p2"),
+    ("short", "y", "south", "p3"),
+    ("z" * 500, "x", "south", "p3"),
+    ("", "x", "south", "p4"),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    made = tmp_path / "a.csv"
+    made.write_text("text,label,ward,patient\n" + "".join(",".join(row) + "\n" for row in ROWS))
+    return made
+
+
+def test_a_report_counts_what_is_wrong(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    report = check_file(path, DataSettings(source="file", site="ward", unit="patient"), tokenizer, 128)
+    assert report.rows == 5
+    assert report.columns == ("text", "label", "ward", "patient")
+    assert report.labels == {"x": 3, "y": 1}
+    assert (report.duplicates, report.conflicting, report.empty) == (1, 1, 1)
+    assert report.truncated == 0.25
+    assert report.sites == {"north": 2, "south": 3}
+    assert report.units == (4, 2)
+    assert report.warnings == (
+        "1 records lack a value; a run refuses the file until they are gone.",
+        "1 records repeat an earlier one and will be dropped.",
+        "1 texts occur with more than one label.",
+        "2 of 2 labels have fewer than 10 records.",
+        "25% of texts lose their end at train.max_length=128.",
+        "one 'patient' owns up to 2 records; a private run takes one record a unit.",
+    )
+
+
+def test_what_is_not_asked_is_not_reported(path: Path) -> None:
+    report = check_file(path, DataSettings(source="file"))
+    assert (report.sites, report.units, report.truncated) == (None, None, None)
+
+
+def test_a_clean_file_has_no_warnings(tmp_path: Path) -> None:
+    made = tmp_path / "a.csv"
+    made.write_text("text,label\n" + "".join(f"text {i},{'xy'[i % 2]}\n" for i in range(40)))
+    assert check_file(made, DataSettings(source="file")).warnings == ()
+    listed = check_file(made, DataSettings(source="file", labels="x"))
+    assert listed.warnings == ("20 records have a label outside data.labels; a run refuses the file.",)
+
+
+def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        check_file(tmp_path / "none.csv", DataSettings(source="file"))

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedllm.config import DataSettings
+from fedllm.data.records import Example, normalised
+from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names, split
+from fedllm.data.sources import load_records
+from fedllm.errors import ConfigError, DataError
+
+FILES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+WORDS = st.text(alphabet="abAB \t", min_size=1, max_size=4).filter(str.strip)
+EXAMPLES = st.lists(st.builds(Example, WORDS, st.sampled_from("xy"), st.sampled_from(["p", "q", "r", "s"])))
+
+
+def fresh(folder: Path) -> Path:
+    """Return a path of its own: files rewritten within one clock tick look unchanged."""
+    return Path(tempfile.mkdtemp(dir=folder)) / "a.csv"
+
+
+def write(folder: Path, examples: list[Example]) -> str:
+    path = fresh(folder)
+    rows = "".join(f'"{example.text}",{example.label},{example.unit}\n' for example in examples)
+    path.write_text("text,label,unit\n" + rows)
+    return str(path)
+
+
+def many(count: int) -> list[Example]:
+    return [Example(f"text {i}", "xyz"[i % 3], f"p{i}") for i in range(count)]
+
+
+def texts(examples: tuple[Example, ...]) -> set[str]:
+    return {normalised(example.text) for example in examples}
+
+
+FILE = DataSettings(source="file")
+
+
+@given(examples=EXAMPLES, extra=EXAMPLES, seed=st.integers(0, 99), by_unit=st.booleans())
+def test_a_new_record_moves_no_other(
+    examples: list[Example], extra: list[Example], seed: int, by_unit: bool
+) -> None:
+    before = split(examples, by_unit=by_unit, share=0.4, seed=seed)
+    after = split(extra + examples, by_unit=by_unit, share=0.4, seed=seed)
+    for old, new in zip(before, after, strict=True):
+        assert not Counter(old) - Counter(new)
+    assert sum(map(len, before)) == len(examples)
+
+
+@given(examples=EXAMPLES, seed=st.integers(0, 99), by_unit=st.booleans())
+def test_groups_stay_whole(examples: list[Example], seed: int, by_unit: bool) -> None:
+    train, heldout = split(examples, by_unit=by_unit, share=0.4, seed=seed)
+
+    def groups(part: list[Example]) -> set[str]:
+        return {example.unit if by_unit else normalised(example.text) for example in part}
+
+    assert not groups(train) & groups(heldout)
+
+
+@FILES
+@given(examples=EXAMPLES, unit=st.sampled_from(["", "unit"]), public=st.booleans(), seed=st.integers(0, 9))
+def test_no_text_is_in_training_and_held_out(
+    tmp_path: Path, examples: list[Example], unit: str, public: bool, seed: int
+) -> None:
+    path = write(tmp_path, examples + many(12))
+    data = replace(FILE, unit=unit, heldout=0.4, heldout_public=public)
+    folds = [
+        site_from_file(data, path=path, name="a", seed=seed, fold=fold) for fold in ("test", "validation")
+    ]
+    assert folds[0].train == folds[1].train
+    assert not set(folds[0].heldout) & set(folds[1].heldout)
+    for site in folds:
+        assert not texts(site.train) & texts(site.heldout)
+        pairs = Counter((example.text, example.label) for example in site.train)
+        assert set(pairs.values()) == {1}
+
+
+@FILES
+@given(
+    examples=EXAMPLES,
+    record=st.builds(Example, WORDS, st.sampled_from("xy"), st.just("p")),
+    public=st.booleans(),
+)
+def test_one_record_changes_training_by_at_most_itself(
+    tmp_path: Path, examples: list[Example], record: Example
+) -> None:
+    # what DP-SGD's sensitivity rests on: adding a record adds at most that record
+    data = replace(FILE, unit="unit", heldout=0.4)
+    rows = examples + many(12)
+
+    def trained(rows: list[Example]) -> set[tuple[str, str]]:
+        site = site_from_file(data, path=write(tmp_path, rows), name="a", seed=1)
+        return {(example.text, example.label) for example in site.train}
+
+    before, after = trained(rows), trained([*rows, record])
+    assert before <= after <= before | {(record.text, record.label)}
+
+
+@FILES
+@given(order=st.permutations(many(20)))
+def test_the_order_of_rows_does_not_matter(tmp_path: Path, order: list[Example]) -> None:
+    data = replace(FILE, unit="unit", heldout=0.3)
+    first = site_from_file(data, path=write(tmp_path, many(20)), name="a", seed=1)
+    second = site_from_file(data, path=write(tmp_path, order), name="a", seed=1)
+    assert first == second
+
+
+def test_the_fingerprint_follows_the_training_records(tmp_path: Path) -> None:
+    def site(rows: list[Example]) -> SiteData:
+        return site_from_file(replace(FILE, heldout=0.0), path=write(tmp_path, rows), name="a", seed=1)
+
+    rows = many(10)
+    changed = [*rows[:-1], replace(rows[-1], label="other")]
+    assert site(rows).fingerprint != site(changed).fingerprint
+    assert len(site(rows).fingerprint) == 64
+
+
+def test_units_are_counted(tmp_path: Path) -> None:
+    rows = [Example(f"text {i}", "x", f"p{i // 2}") for i in range(10)]
+    path = write(tmp_path, rows)
+    grouped = site_from_file(replace(FILE, unit="unit", heldout=0.0), path=path, name="a", seed=1)
+    assert (grouped.units, grouped.units_repeat, len(grouped.train)) == (5, True, 10)
+    single = site_from_file(replace(FILE, heldout=0.0), path=path, name="a", seed=1)
+    assert (single.units, single.units_repeat) == (10, False)
+    assert single.train[0].unit == ""
+    distinct = site_from_file(
+        replace(FILE, unit="unit", heldout=0.0), path=write(tmp_path, many(10)), name="a", seed=1
+    )
+    assert (distinct.units, distinct.units_repeat) == (10, False)
+
+
+def test_a_public_file_replaces_the_held_out_share(tmp_path: Path) -> None:
+    own = write(tmp_path, many(20))
+    public = tmp_path / "public.csv"
+    shown = [f"public {i}" for i in range(30)] + ["TEXT  3"]
+    public.write_text("text,label\n" + "".join(f"{text},{'vw'[i % 2]}\n" for i, text in enumerate(shown)))
+    data = replace(FILE, unit="unit", heldout=0.5, max_per_label=1)
+    folds = [
+        site_from_file(data, path=own, name="a", seed=1, fold=fold, heldout_path=str(public))
+        for fold in ("test", "validation")
+    ]
+    # all public records are scored whatever the site holds, and the site does not train on them
+    assert {example.text for site in folds for example in site.heldout} == set(shown)
+    assert len(folds[0].train) == 19
+    assert folds[0].labels == ("v", "w")
+
+
+def test_a_real_site_keeps_records_the_recipes_limits_would_drop(tmp_path: Path) -> None:
+    data = replace(FILE, max_per_label=1, min_per_label=50, heldout=0.0)
+    assert len(site_from_file(data, path=write(tmp_path, many(20)), name="a", seed=1).train) == 20
+
+
+def test_a_site_needs_two_records(tmp_path: Path) -> None:
+    path = write(tmp_path, [Example("same", "x", "p")] * 5)
+    with pytest.raises(DataError, match="site north: fewer than 2 different training records"):
+        site_from_file(replace(FILE, heldout=0.0), path=path, name="north", seed=1)
+
+
+def test_free_text_has_no_labels(tmp_path: Path) -> None:
+    path = write(tmp_path, many(20))
+    assert site_from_file(replace(FILE, task="generate"), path=path, name="a", seed=1).labels == ()
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+@pytest.mark.parametrize("sites", [1, 3])
+def test_a_partition_covers_every_record_once(partition: str, sites: int) -> None:
+    data = DataSettings(source="mcc", partition=partition, heldout=0.0)
+    shares = [simulated_site(data, sites=sites, seed=5, index=index) for index in range(sites)]
+    found = Counter(example.text for share in shares for example in share.train)
+    assert found == Counter(load_records(data)["text"])
+    assert [share.name for share in shares] == [f"site-{index}" for index in range(sites)]
+
+
+@FILES
+@given(
+    names=st.lists(st.sampled_from(["north", "south", "west"]), min_size=12, max_size=30),
+    partition=st.sampled_from(["iid", "dirichlet", "column"]),
+    seed=st.integers(0, 9),
+)
+def test_every_partition_of_a_file_covers_it(
+    tmp_path: Path, names: list[str], partition: str, seed: int
+) -> None:
+    rows = ["north", "south", "west"] * 2 + names
+    path = fresh(tmp_path)
+    path.write_text(
+        "text,label,ward\n" + "".join(f"text {i},{'xy'[i % 2]},{name}\n" for i, name in enumerate(rows))
+    )
+    data = replace(FILE, path=str(path), partition=partition, site="ward", heldout=0.0)
+    shares = [simulated_site(data, sites=3, seed=seed, index=index) for index in range(3)]
+    assert sorted(example.text for share in shares for example in share.train) == sorted(
+        f"text {i}" for i in range(len(rows))
+    )
+    if partition == "column":
+        assert [share.name for share in shares] == ["north", "south", "west"]
+        assert [len(share.train) for share in shares] == [rows.count(share.name) for share in shares]
+
+
+def test_a_partition_depends_on_the_seed() -> None:
+    data = DataSettings(source="mcc")
+    one, same, other = (simulated_site(data, sites=2, seed=seed, index=0) for seed in (1, 1, 2))
+    assert one == same
+    assert one.fingerprint != other.fingerprint
+
+
+def test_dirichlet_skews_labels() -> None:
+    def largest_share(partition: str) -> float:
+        data = DataSettings(partition=partition, dirichlet_alpha=0.1, min_per_label=800, max_per_label=200)
+        counts = Counter(example.label for example in simulated_site(data, sites=4, seed=1, index=0).train)
+        return max(counts.values()) / sum(counts.values())
+
+    assert largest_share("dirichlet") > 2 * largest_share("iid")
+
+
+def test_what_is_held_out_at_one_site_trains_at_none(tmp_path: Path) -> None:
+    path = write(tmp_path, many(30) + many(30))
+    data = replace(FILE, path=path, heldout=0.3)
+    shares = [simulated_site(data, sites=3, seed=1, index=index) for index in range(3)]
+    assert not set().union(*(texts(s.train) for s in shares)) & set().union(
+        *(texts(s.heldout) for s in shares)
+    )
+
+
+def test_site_names() -> None:
+    assert site_names(DataSettings(), sites=2) == ("site-0", "site-1")
+
+
+@pytest.mark.parametrize(
+    ("wards", "message"),
+    [
+        (["a", "b", "c"], r"'ward' \(data.site\) names 3 sites, federation.sites asks for 2"),
+        (["a", "../b"], "1 names cannot be folder names"),
+    ],
+)
+def test_site_columns_that_do_not_fit(tmp_path: Path, wards: list[str], message: str) -> None:
+    path = fresh(tmp_path)
+    path.write_text("text,label,ward\n" + "".join(f"text {i},x,{wards[i % len(wards)]}\n" for i in range(12)))
+    with pytest.raises(DataError, match=message):
+        site_names(replace(FILE, path=str(path), partition="column", site="ward"), sites=2)
+
+
+def test_too_many_sites(tmp_path: Path) -> None:
+    path = write(tmp_path, many(5))
+    with pytest.raises(DataError, match="5 records cannot be shared among federation.sites=4"):
+        simulated_site(replace(FILE, path=path), sites=4, seed=1, index=0)
+
+
+def test_free_text_has_no_label_mix(tmp_path: Path) -> None:
+    path = write(tmp_path, many(20))
+    with pytest.raises(ConfigError, match="data.partition=dirichlet"):
+        simulated_site(
+            replace(FILE, path=path, task="generate", partition="dirichlet"), sites=2, seed=1, index=0
+        )
+
+
+def test_an_extreme_mix_is_refused_with_advice(tmp_path: Path) -> None:
+    path = fresh(tmp_path)
+    path.write_text("text,label\n" + "".join(f"text {i},x\n" for i in range(40)))
+    data = replace(FILE, path=str(path), partition="dirichlet", dirichlet_alpha=1e-3)
+    with pytest.raises(DataError, match=r"data.dirichlet_alpha=0.001 leaves a site of 4 without"):
+        simulated_site(data, sites=4, seed=1, index=0)

@@ -1,0 +1,320 @@
+"""The round loop in one process: bad replies, quorum, resume, privacy, bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import transformers
+from flwr.app import Context, Error, Message, RecordDict
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from fedllm.adapters.export import save_peft_adapter
+from fedllm.config import Config
+from fedllm.errors import BudgetError, FedllmError, MismatchError, RunError
+from fedllm.federation.records import pack, unpack, wire_size
+from fedllm.federation.run import start_run
+from fedllm.federation.site import identify, public_reason
+from fedllm.models.load import load_base
+from fedllm.privacy.ledger import Ledger
+from fedllm.runs.checkpoints import latest_checkpoint
+from fedllm.runs.folder import create_run
+
+
+def is_train(message: Message) -> bool:
+    return message.metadata.message_type == "train"
+
+
+def site_of(reply: Message) -> str:
+    return str(unpack(reply.content)[0]["site"])
+
+
+def tensors(folder: Any) -> dict[str, np.ndarray]:
+    return load_file(folder.adapter_dir / "adapter_model.safetensors")
+
+
+def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("method", ["lora", "ffa", "fed-sb"])
+def test_a_run_leaves_a_complete_folder_and_repeats_itself(federate: Any, method: str) -> None:
+    one = federate(dir="one", adapter__method=method)
+    for path in (one.config_file, one.events_file, one.metrics_file, one.manifest_file, one.report_file):
+        assert path.stat().st_size > 0
+    two = federate(dir="two", adapter__method=method)
+    assert same(tensors(one), tensors(two))
+    other = federate(dir="three", adapter__method=method, run__seed=43)
+    assert not same(tensors(one), tensors(other))
+    base = load_base(Config.from_flat({"model.name": "tiny-llama", "model.dtype": "float32"}).model)
+    assert PeftModel.from_pretrained(base, one.adapter_dir)
+
+
+def test_one_site_equals_the_mean_of_identical_updates(federate: Any, events: Any) -> None:
+    folder = federate(federation__sites=1)
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("error", "the site's process failed"),
+        ("nan", "NaN or infinity in the adapter"),
+        ("cut", "damaged or truncated"),
+        ("big", "oversized payload"),
+        ("shape", "not those agreed on"),
+        ("none", "carries no adapter"),
+        ("name", "carries another site's name"),
+        ("weights", "its base weights"),
+        ("loss", "not a finite number"),
+        ("notes", "carries no notes"),
+    ],
+)
+def test_a_bad_reply_is_set_aside_and_the_round_goes_on(
+    federate: Any, events: Any, kind: str, reason: str
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if not is_train(message) or message.metadata.group_id != "2" or site_of(reply) != "site-1":
+            return reply
+        notes, payload = unpack(reply.content)
+        assert payload is not None
+        if kind == "error":
+            return Message(error=Error(code=0, reason="x"), reply_to=message)
+        if kind == "notes":
+            content = pack({}, payload)
+            del content["notes"]
+            return Message(content, reply_to=message)
+        if kind == "nan":
+            payload = payload[:-4] + np.float32(np.nan).tobytes()
+        if kind == "cut":
+            payload = payload[: len(payload) // 2]
+        if kind == "big":
+            payload += bytes(1_000_000)
+        if kind == "shape":
+            start = payload.index(b'"layout":"') + len(b'"layout":"')
+            payload = payload[:start] + b"g" + payload[start + 1 :]
+        if kind == "name":
+            notes["site"] = "site-0"
+        if kind == "weights":
+            notes["weights"] = "f" * 16
+        if kind == "loss":
+            notes["loss"] = float("inf")
+        return Message(pack(notes, None if kind == "none" else payload), reply_to=message)
+
+    folder = federate(tamper)
+    bad = [event for event in events(folder, "site_reply") if not event["accepted"]]
+    assert [(event["site"], event["round"]) for event in bad] == [("site-1", 2)]
+    assert reason in bad[0]["reason"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 2]
+    assert events(folder, "run_finished")
+
+
+def test_below_the_quorum_the_run_fails_resumable(federate: Any, resume: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if is_train(message) and message.metadata.group_id == "2" and site_of(reply) != "site-2":
+            return Message(error=Error(code=0, reason="x"), reply_to=message)
+        return reply
+
+    with pytest.raises(RunError, match=r"round 2: 1 of 3 replies were valid, 2 are needed.*run.resume="):
+        federate(tamper)
+    undisturbed = federate(dir="whole")
+    broken = undisturbed.path.parent / "run"
+    resumed = resume(broken)
+    assert same(tensors(resumed), tensors(undisturbed))
+    assert [event["round"] for event in events(resumed, "run_resumed")] == [2]
+    with pytest.raises(RunError, match="all 2 rounds of this run are finished"):
+        resume(broken)
+
+
+def test_resume_skips_a_damaged_checkpoint_and_says_so(federate: Any, resume: Any, events: Any) -> None:
+    def stop(message: Message, reply: Message) -> Message:
+        if is_train(message) and message.metadata.group_id == "3":
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop, federation__rounds=3)
+    whole = federate(dir="whole", federation__rounds=3)
+    broken = whole.path.parent / "run"
+    newest = broken / "checkpoints" / "round-0002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7] + b"xxxxxxx")
+    resumed = resume(broken)
+    assert same(tensors(resumed), tensors(whole))
+    assert any("round-0002" in event["text"] for event in events(resumed, "warning"))
+    assert [event["reason"][:11] for event in events(resumed, "run_failed")] == ["interrupted"]
+
+
+def test_an_existing_folder_is_refused(federate: Any) -> None:
+    federate()
+    with pytest.raises(RunError, match=r"run\.resume"):
+        federate()
+
+
+PRIVATE = {
+    "privacy__enabled": True,
+    "privacy__epsilon": 6.0,
+    "privacy__delta": 1e-4,
+    "privacy__clipping_norm": 0.5,
+}
+
+
+def test_a_private_run_books_its_spend_and_shows_no_private_metric(federate: Any, events: Any) -> None:
+    folder = federate(**PRIVATE)
+    replies = events(folder, "site_reply")
+    assert all(event["accepted"] for event in replies), replies
+    assert all(event["loss"] is None and event["accuracy"] is None for event in replies)
+    assert all(event["accuracy"] is None for event in events(folder, "evaluated"))
+    final = [event["epsilon"] for event in replies if event["round"] == 2]
+    assert all(5.5 < value <= 6.0 for value in final)
+    for site in ("site-0", "site-1", "site-2"):
+        entries = Ledger(folder.site_dir(site) / "ledger.sqlite").entries()
+        assert [(entry.round, entry.steps) for entry in entries] == [(1, 2), (2, 2)]
+    assert "withheld" in folder.metrics_file.read_text()
+    assert "withheld" in folder.report_file.read_text()
+
+
+def test_only_the_agreed_notes_leave_a_private_site(federate: Any) -> None:
+    seen: list[set[str]] = []
+
+    def watch(message: Message, reply: Message) -> Message:
+        seen.append(set(unpack(reply.content)[0]))
+        return reply
+
+    federate(watch, **PRIVATE)
+    allowed = {"site", "simulated", "fedllm", "projections", "has_basis", "weights", "epsilon"}
+    assert set().union(*seen) <= allowed
+
+
+def test_public_heldout_metrics_may_show(federate: Any, events: Any) -> None:
+    folder = federate(**PRIVATE, data__heldout_public=True)
+    assert all(event["accuracy"] is not None for event in events(folder, "site_reply"))
+    assert {event["stage"] for event in events(folder, "evaluated")} == {"base", "final"}
+
+
+def test_a_crash_after_booking_stays_spent_and_the_run_ends_within_budget(
+    federate: Any, resume: Any, events: Any
+) -> None:
+    def stop(message: Message, reply: Message) -> Message:
+        if is_train(message) and message.metadata.group_id == "2" and site_of(reply) == "site-2":
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop, **PRIVATE)
+    folder = resume(Path(federate(dir="spare").path.parent) / "run")
+    entries = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()
+    assert [entry.round for entry in entries] == [1, 2, 2]
+    assert entries[2].noise_multiplier > entries[1].noise_multiplier == entries[0].noise_multiplier
+    final = [event["epsilon"] for event in events(folder, "site_reply") if event["round"] == 2]
+    assert all(value <= 6.0 for value in final)
+
+
+def test_a_delta_above_one_over_n_is_refused_before_any_round(federate: Any) -> None:
+    with pytest.raises(RunError, match=r"0 of 3 sites joined.*privacy\.delta=0\.01 is too large"):
+        federate(**(PRIVATE | {"privacy__delta": 0.01}))
+
+
+def test_repeating_units_are_refused_in_private_runs(federate: Any, tmp_path: Path) -> None:
+    rows = ["text,label,patient", *[f"note {i},{'ab'[i % 2]},p{i // 2}" for i in range(120)]]
+    path = tmp_path / "records.csv"
+    path.write_text("\n".join(rows))
+    file = {"data__source": "file", "data__path": str(path), "data__unit": "patient"}
+    with pytest.raises(RunError, match="own several records"):
+        federate(**PRIVATE, **file)
+    assert federate(dir="open", **file).report_file.is_file()
+
+
+def test_public_svd_is_made_at_a_site_shipped_once_and_counted(
+    federate: Any, resume: Any, events: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = federate(adapter__basis="public-svd")
+    (shipped,) = events(folder, "basis_shipped")
+    numbers = 4 * 3 * (4 * 32 + 2 * (32 + 16) + 3 * (32 + 64))
+    assert numbers < shipped["bytes_up"] < 1.2 * numbers + 4096
+    assert 3 * numbers < shipped["bytes_down"]
+    checkpoint, _ = latest_checkpoint(folder)
+    assert checkpoint is not None
+    assert checkpoint.state.spec.basis.startswith("shipped:")
+    again = federate(dir="again", adapter__basis="public-svd", adapter__init=str(folder.adapter_dir))
+    assert again.report_file.is_file()
+
+
+def test_going_on_from_an_adapter_and_refusing_another_form(federate: Any, events: Any) -> None:
+    first = federate()
+    second = federate(dir="second", run__seed=7, adapter__init=str(first.adapter_dir))
+    assert not same(tensors(first), tensors(second))
+    base_first = events(first, "site_reply")[0]["loss"]
+    assert base_first is not None
+    with pytest.raises(MismatchError, match=r"adapter.init: that adapter's rank is 3, the recipe's is 4"):
+        federate(dir="third", adapter__rank=4, adapter__init=str(first.adapter_dir))
+    with pytest.raises(RunError, match="holds no fedllm_state"):
+        federate(dir="fourth", adapter__init=str(first.path))
+
+
+def test_bytes_are_those_of_the_serialised_messages(federate: Any, events: Any) -> None:
+    sizes: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def watch(message: Message, reply: Message) -> Message:
+        if is_train(message):
+            key = (message.metadata.group_id, site_of(reply))
+            sizes[key] = (wire_size(message.content), wire_size(reply.content))
+        return reply
+
+    folder = federate(watch)
+    for event in events(folder, "site_reply"):
+        down, up = sizes[str(event["round"]), event["site"]]
+        assert (event["bytes_down"], event["bytes_up"]) == (down, up)
+    finished = events(folder, "round_finished")[0]
+    assert finished["bytes_up"] == sum(up for (group, _), (_, up) in sizes.items() if group == "1")
+
+
+def test_the_server_never_loads_base_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def forbidden(*arguments: object, **options: object) -> None:
+        pytest.fail("the server loaded base weights")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", forbidden)
+    monkeypatch.setattr(safetensors.torch, "load_file", forbidden)
+    for method in ("lora", "ffa", "fed-sb"):
+        values = {"model.name": "tiny-llama", "adapter.method": method, "run.dir": str(tmp_path / method)}
+        config = Config.from_flat(values)
+        run = start_run(config, create_run(config))
+        assert run.basis is not None
+        save_peft_adapter(run.state, run.basis, tmp_path / f"{method}-out", base_model="x", seed=run.seed)
+        assert (tmp_path / f"{method}-out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_real_site_needs_a_policy_and_reads_only_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedllm.federation.site.in_simulation", lambda: False)
+
+    def context(**node: str) -> Context:
+        return Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})  # type: ignore[arg-type]
+
+    config = Config.from_flat({"privacy.enabled": True, "privacy.epsilon": 2.0})
+    with pytest.raises(BudgetError, match="names no site policy"):
+        identify(context(), config, 0)
+    policy = tmp_path / "site.toml"
+    policy.write_text('site = "north"\ndata_path = "own.csv"\ntext = "note"\nmax_epsilon = 3.0\n')
+    site = identify(context(policy=str(policy)), config, 0)
+    assert not site.simulated
+    assert site.config.data.source == "file"
+    assert site.config.data.text == "note"
+    assert site.policy.data_path == str(tmp_path / "own.csv")
+    assert not site.metrics_may_leave
+    sent = config.replace(data__source="file", data__path="/etc/passwd")
+    with pytest.raises(BudgetError, match="the server sent a file path"):
+        identify(context(policy=str(policy)), sent, 0)
+    with pytest.raises(BudgetError, match="requires privacy.enabled=true"):
+        identify(context(policy=str(policy)), Config(), 0)
+    with pytest.raises(BudgetError, match="epsilon=5 exceeds its policy's 3"):
+        identify(context(policy=str(policy)), config.replace(privacy__epsilon=5.0), 0)
+
+
+def test_reasons_for_the_server_carry_no_folders() -> None:
+    error = FedllmError("/home/clinic/data/own.csv: no column 'note' (data.text); it has a/b.")
+    assert public_reason(None, error) == "own.csv: no column 'note' (data.text); it has a/b."

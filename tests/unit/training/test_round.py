@@ -1,0 +1,216 @@
+"""A site's round: equal to central training, resumable, private only when it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedllm.adapters.state import AdapterState
+from fedllm.config import Config
+from fedllm.data.sites import simulated_site
+from fedllm.errors import PrivacyError
+from fedllm.privacy.noise import SecureGenerator
+from fedllm.privacy.plan import PrivacyPlan
+from fedllm.training import round as round_module
+from fedllm.training.round import evaluate, train_round
+from fedllm.training.session import Session, SiteTokens, open_session, record_losses, tokenise
+from fedllm.training.spec import adapter_spec, basis_from_seed
+from fedllm.training.steps import collate, learning_rate, private_gradients
+
+SETTINGS = {
+    "model.name": "tiny-llama",
+    "model.dtype": "float32",
+    "adapter.rank": 4,
+    "data.source": "mcc",
+    "train.batch_size": 6,
+    "train.local_steps": 3,
+    "train.micro_batch": 4,
+    "train.max_length": 160,
+    "train.threads": 1,
+    "federation.sites": 2,
+    "federation.rounds": 3,
+}
+
+
+def make(**settings: object) -> tuple[Config, Session, SiteTokens, AdapterState]:
+    config = Config.from_flat(SETTINGS | {k.replace("__", "."): v for k, v in settings.items()})  # type: ignore[operator]
+    spec = adapter_spec(config)
+    basis = basis_from_seed(spec)
+    assert basis is not None
+    session = open_session(config, spec, basis)
+    data = simulated_site(config.data, sites=2, seed=config.run.seed, index=0)
+    state = session.method.initial_state(spec, seed="00")
+    return config, session, tokenise(data, config), state
+
+
+def plan(**changes: float) -> PrivacyPlan:
+    values = {
+        "noise_multiplier": 0.5,
+        "clipping_norm": 0.1,
+        "sample_rate": 0.03,
+        "expected_batch": 6.0,
+        "local_steps": 3,
+        "rounds": 3,
+        "delta": 1e-5,
+    }
+    return PrivacyPlan(**(values | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["lora", "ffa", "fed-sb"])
+def test_training_is_reproducible_and_lowers_the_loss(method: str) -> None:
+    config, session, site, state = make(adapter__method=method, train__local_steps=8, train__lr=0.05)
+    before = evaluate(session, site, config=config, state=state, records=8)
+    one = train_round(session, site, config=config, state=state, round=1, plan=None)
+    two = train_round(session, site, config=config, state=state, round=1, plan=None)
+    for key in state.tensors:
+        assert np.array_equal(one.state.tensors[key], two.state.tensors[key])
+    after = evaluate(session, site, config=config, state=one.state, records=8)
+    assert before is not None
+    assert after is not None
+    assert after.loss < before.loss
+    other = train_round(session, site, config=config, state=state, round=2, plan=None)
+    assert any(not np.array_equal(one.state.tensors[k], other.state.tensors[k]) for k in state.tensors)
+
+
+def test_equal_to_a_plain_peft_loop() -> None:
+    config, session, site, state = make(adapter__method="lora")
+    found = train_round(session, site, config=config, state=state, round=1, plan=None).state
+    from fedllm.adapters.method import write_state
+    from fedllm.data.order import batch_indices
+
+    write_state(session.method, session.model, state)
+    optimizer = torch.optim.AdamW(list(session.parameters.values()), lr=config.train.lr, weight_decay=0.0)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = learning_rate(config.train, step=step, total=9)
+        chosen = batch_indices(len(site.train), batch_size=6, step=step, seed=42, site=site.name)
+        losses = []
+        for index in chosen:
+            record = site.train[index]
+            ids = torch.tensor([record.prompt + record.answer])
+            labels = torch.tensor([[-100] * len(record.prompt) + list(record.answer)])
+            losses.append(session.model(input_ids=ids, labels=labels).loss)
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+    for key, parameter in session.parameters.items():
+        assert torch.allclose(parameter, torch.tensor(found.tensors[key]), atol=2e-5), key
+
+
+@pytest.mark.parametrize("method", ["lora", "ffa", "fed-sb"])
+def test_private_gradient_without_noise_is_the_clipped_sum(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, session, site, _ = make(
+        adapter__method=method, privacy__enabled=True, privacy__noise_multiplier=0.5, adapter__rank=3
+    )
+    with torch.no_grad():
+        for parameter in session.parameters.values():
+            parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(SecureGenerator, "normal", lambda self, shape: np.zeros(shape))
+    records = site.train[:5]
+    private_gradients(session, records, plan=plan(), generator=SecureGenerator(), micro_batch=2)
+    found = {key: value.grad.clone() for key, value in session.parameters.items()}
+    expected = {key: torch.zeros_like(value) for key, value in session.parameters.items()}
+    for record in records:
+        for parameter in session.parameters.values():
+            parameter.grad = None
+        record_losses(session.base, collate([record], session.pad_id)).sum().backward()
+        assert session.sink is not None
+        single = {key: value[0] for key, value in session.sink.take().items()}
+        norm = sum(value.square().sum() for value in single.values()).sqrt()
+        for key, value in single.items():
+            expected[key] += value * min(1.0, 0.1 / float(norm)) / 6.0
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, atol=1e-7), key
+    for parameter in session.parameters.values():
+        parameter.grad = None
+
+
+def test_an_empty_batch_is_noise_alone_and_takes_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, session, _, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    monkeypatch.setattr("fedllm.training.steps.record_losses", lambda *a: pytest.fail("a forward pass"))
+    private_gradients(session, [], plan=plan(), generator=SecureGenerator(), micro_batch=2)
+    values = torch.cat([p.grad.flatten() for p in session.parameters.values()])
+    # deviation of the noise on the mean gradient: sigma C / expected batch
+    assert values.std() == pytest.approx(0.5 * 0.1 / 6.0, rel=0.2)
+    for parameter in session.parameters.values():
+        parameter.grad = None
+
+
+def test_a_record_moves_the_release_by_at_most_the_clipping_norm() -> None:
+    # unequal lengths: a loss over the batch's tokens would break this bound
+    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    quiet = plan(noise_multiplier=0.0)
+    ordered = sorted(site.train, key=lambda record: len(record.prompt))
+    records = [*ordered[:6], ordered[-1]]
+    sums = []
+    for chosen in (records, records[:-1]):
+        private_gradients(session, chosen, plan=quiet, generator=SecureGenerator(), micro_batch=3)
+        sums.append({key: value.grad.clone() * 6.0 for key, value in session.parameters.items()})
+        for parameter in session.parameters.values():
+            parameter.grad = None
+    moved = sum((sums[0][key] - sums[1][key]).square().sum() for key in sums[0]).sqrt()
+    assert 0 < float(moved) <= 0.1 * (1 + 1e-4)
+
+
+def test_private_rounds_are_not_reproducible_and_withhold_the_loss() -> None:
+    config, session, site, state = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    one = train_round(session, site, config=config, state=state, round=1, plan=plan())
+    two = train_round(session, site, config=config, state=state, round=1, plan=plan())
+    assert one.loss is None
+    assert all(not np.array_equal(one.state.tensors[k], two.state.tensors[k]) for k in state.tensors)
+
+
+def test_the_self_check_stops_a_path_that_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, session, site, state = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with pytest.raises(PrivacyError, match="did not move in the first private step"):
+        train_round(session, site, config=config, state=state, round=1, plan=plan())
+    monkeypatch.undo()
+    real = torch.optim.AdamW.step
+
+    def moves_the_base(self: torch.optim.AdamW) -> None:
+        real(self)
+        with torch.no_grad():
+            next(iter(session.base.get_input_embeddings().parameters())).add_(1e-3)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", moves_the_base)
+    with pytest.raises(PrivacyError, match="a frozen weight moved"):
+        train_round(session, site, config=config, state=state, round=1, plan=plan())
+    monkeypatch.undo()
+    with torch.no_grad():
+        next(iter(session.base.get_input_embeddings().parameters())).sub_(1e-3)
+
+
+def test_a_session_without_private_path_refuses_to_train_privately() -> None:
+    config, session, site, state = make()
+    with pytest.raises(PrivacyError, match="not opened for private training"):
+        train_round(session, site, config=config, state=state, round=1, plan=plan())
+
+
+def test_a_missing_per_example_gradient_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    assert session.sink is not None
+    real = session.sink.take
+    monkeypatch.setattr(session.sink, "take", lambda: dict(list(real().items())[1:]))
+    with pytest.raises(PrivacyError, match="has no per-example gradient; the private path is not active"):
+        private_gradients(session, site.train[:2], plan=plan(), generator=SecureGenerator(), micro_batch=2)
+
+
+def test_schedule_runs_over_the_whole_run() -> None:
+    train = Config.from_flat({"train.lr": 1.0, "train.warmup": 0.2}).train
+    rates = [learning_rate(train, step=step, total=10) for step in range(10)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] < 0.05
+    constant = Config.from_flat({"train.lr": 1.0, "train.schedule": "constant"}).train
+    assert {learning_rate(constant, step=step, total=10) for step in range(10)} == {1.0}
+
+
+def test_frozen_fingerprint_ignores_the_adapter_only() -> None:
+    _, session, _, _ = make()
+    before = round_module.frozen_fingerprint(session)
+    with torch.no_grad():
+        next(iter(session.parameters.values())).add_(1.0)
+    assert round_module.frozen_fingerprint(session) == before
