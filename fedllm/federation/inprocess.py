@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Context, Message, RecordDict
@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedllm.config import Config
+from fedllm.config import Config, Scalar
 from fedllm.federation.client import client_app
 from fedllm.federation.server import serve
 from fedllm.runs.folder import RunFolder
@@ -112,5 +112,9 @@ def run(config: Config) -> RunResult:
     >>> fedllm.run(config).folder.report_file.name  # doctest: +SKIP
     'report.html'
     """
-    grid = InProcessGrid(client_app(), nodes=config.federation.sites)
-    return RunResult(serve(config.to_flat(), grid))
+    return run_values(config.to_flat(), sites=config.federation.sites)
+
+
+def run_values(values: Mapping[str, Scalar], *, sites: int) -> RunResult:
+    """Run flat settings as :func:`run` does; ``run.resume`` among them goes on with a folder."""
+    return RunResult(serve(values, InProcessGrid(client_app(), nodes=sites)))

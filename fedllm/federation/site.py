@@ -13,7 +13,7 @@ from flwr.app import Context
 
 from fedllm.config import Config
 from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
-from fedllm.errors import BudgetError, PrivacyError
+from fedllm.errors import BudgetError, DataError, PrivacyError
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.policy import SitePolicy, load_policy
 
@@ -183,4 +183,7 @@ def public_reason(site: Site | None, error: Exception) -> str:
     message = str(error)
     if site is not None and site.simulated:
         return message
+    if isinstance(error, DataError):
+        # counts and column names of a real site's file are its own business
+        return "the site's records cannot be used as the recipe asks; its own log says why"
     return re.sub(r"(?<![\w.])/(?:[^\s/:,;()]+/)+", "", message)

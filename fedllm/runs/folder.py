@@ -79,6 +79,12 @@ class RunFolder:
         return self.path / "sites" / quote(name, safe=" ").replace(".", "%2E")
 
 
+def new_run_path() -> Path:
+    """Return a folder under ``$FEDLLM_HOME/runs`` that no run has used."""
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return (home() / "runs" / f"{stamp}-{secrets.token_hex(2)}").absolute()
+
+
 def create_run(config: Config) -> RunFolder:
     """Make the folder of a new run and write its settings.
 
@@ -92,8 +98,7 @@ def create_run(config: Config) -> RunFolder:
     RunError
         If the folder exists with something in it, or cannot be made or written.
     """
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    path = Path(config.run.dir or home() / "runs" / f"{stamp}-{secrets.token_hex(2)}").expanduser().absolute()
+    path = Path(config.run.dir).expanduser().absolute() if config.run.dir else new_run_path()
     try:
         path.mkdir(parents=True, exist_ok=True)
         taken = any(path.iterdir())

@@ -35,7 +35,7 @@ def test_round_trips(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"trian.lr": 1}, "unknown setting 'trian.lr'. Did you mean 'train.lr'"),
+        ({"trin.lr": 1}, "unknown setting 'trin.lr'. Did you mean 'train.lr'"),
         ({"zzz": 1}, "unknown setting 'zzz'. `fedllm settings`"),
         ({"adapter.rank": 0}, "adapter.rank: must be at least 1, got 0"),
         ({"adapter.rank": "x"}, "adapter.rank: needs a value of type int, got 'x'"),

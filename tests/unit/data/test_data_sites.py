@@ -86,7 +86,6 @@ def test_no_text_is_in_training_and_held_out(
 @given(
     examples=EXAMPLES,
     record=st.builds(Example, WORDS, st.sampled_from("xy"), st.just("p")),
-    public=st.booleans(),
 )
 def test_one_record_changes_training_by_at_most_itself(
     tmp_path: Path, examples: list[Example], record: Example

@@ -1,0 +1,57 @@
+"""Commands about data files: check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedllm.cli.recipes import Overrides
+from fedllm.config import Config, parse_overrides
+
+app = typer.Typer(help="A site's own data files.", no_args_is_help=True)
+
+
+@app.command("check")
+def check(
+    file: Annotated[Path, typer.Argument(help="A csv, jsonl or parquet file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Count rows, labels, duplicates, sites, units and truncated records; no text is shown."""
+    from fedllm.data.check import check_file
+
+    given = parse_overrides(overrides or [])
+    values = {key if "." in key else f"data.{key}": value for key, value in given.items()}
+    config = Config.from_flat(values | {"data.source": "file", "data.path": str(file)})
+    tokenizer = None
+    if "model.name" in values or "model.path" in values:
+        from fedllm.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)
+    found = check_file(file, config.data, tokenizer, config.train.max_length)
+    facts = Table(box=None, show_header=False, title=str(file))
+    facts.add_row("rows", f"{found.rows:,}")
+    facts.add_row("columns", ", ".join(found.columns))
+    facts.add_row("duplicates", f"{found.duplicates:,}")
+    facts.add_row("same text, other label", f"{found.conflicting:,}")
+    facts.add_row("rows with an empty cell", f"{found.empty:,}")
+    share = "give model.name to measure" if found.truncated is None else f"{found.truncated:.1%}"
+    facts.add_row(f"longer than train.max_length={config.train.max_length}", share)
+    if found.sites is not None:
+        facts.add_row("sites", ", ".join(f"{name} {count:,}" for name, count in found.sites.items()))
+    if found.units is not None:
+        facts.add_row("units", f"{found.units[0]:,}, at most {found.units[1]:,} records each")
+    console = Console()
+    console.print(facts)
+    labels = Table("label", "records", box=None)
+    shown = sorted(found.labels.items(), key=lambda item: -item[1])
+    for label, count in shown[:30]:
+        labels.add_row(label, f"{count:,}")
+    if len(shown) > 30:
+        labels.add_row(f"and {len(shown) - 30} more", "")
+    console.print(labels)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)

@@ -1,0 +1,193 @@
+"""Commands about runs: run, show, report, generate."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from fedllm.cli.recipes import Overrides
+from fedllm.cli.tables import HEADINGS, Event, LiveRounds, final_table
+from fedllm.config import Config, Scalar, parse_overrides, read_toml
+from fedllm.errors import ConfigError, RunError
+from fedllm.resources import find_recipe
+
+console = Console(highlight=False)
+
+
+class Engine(StrEnum):
+    """What carries the messages."""
+
+    simulation = "simulation"
+    process = "process"
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe that ships (fedllm ls), or a file.")],
+    overrides: Overrides = None,
+    engine: Annotated[
+        Engine, typer.Option(help="simulation: Flower's engine, sites in parallel; process: one process.")
+    ] = Engine.simulation,
+) -> None:
+    """Run a recipe with simulated sites on this machine."""
+    values, folder, config = _settings(find_recipe(recipe), overrides or [])
+    from fedllm.models.load import load_config
+
+    load_config(config.model)
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
+    try:
+        if engine is Engine.process:
+            from fedllm.federation.inprocess import run_values
+
+            run_values(values, sites=config.federation.sites)
+        else:
+            _simulate(values, folder, config)
+    except KeyboardInterrupt:
+        _say_resume(folder, recipe)
+        raise
+    _print_result(folder)
+
+
+def _settings(recipe: Path, overrides: list[str]) -> tuple[dict[str, Scalar], Path, Config]:
+    """Return what is sent to the server, the run folder, and the run's settings."""
+    from fedllm.runs.folder import load_config, new_run_path, open_run
+
+    given = parse_overrides(overrides)
+    config = Config.from_flat(read_toml(recipe) | given)
+    if config.run.resume:
+        others = sorted(set(given) - {"run.resume"})
+        if others:
+            raise ConfigError(
+                f"run.resume goes on with the settings of its folder; remove {', '.join(others)}."
+            )
+        folder = open_run(Path(config.run.resume).resolve())
+        return {"run.resume": str(folder.path)}, folder.path, load_config(folder)
+    path = Path(config.run.dir).expanduser().resolve() if config.run.dir else new_run_path()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(f"{path} exists; choose another run.dir, or go on with run.resume={path}")
+    changes: dict[str, Scalar] = {"run__dir": str(path)}
+    for key in ("data.path", "model.path", "adapter.init"):
+        value = str(config.to_flat()[key])
+        if value:
+            changes[key.replace(".", "__")] = str(Path(value).expanduser().resolve())
+    config = config.replace(**changes)
+    return config.changed(), path, config
+
+
+def _simulate(values: dict[str, Scalar], folder: Path, config: Config) -> None:
+    from fedllm.cli.launch import launched
+    from fedllm.models.registry import EMBEDDED
+
+    cores = os.cpu_count() or 1
+    parallel = min(config.federation.parallel or cores, config.federation.sites)
+    offline = config.data.source != "hub" and (bool(config.model.path) or config.model.name in EMBEDDED)
+    watch = Watch()
+    with launched(
+        values, folder, sites=config.federation.sites, parallel=parallel, offline=offline
+    ) as launch:
+        watch.follow(folder, launch.running)
+        if watch.failure:
+            raise RunError(watch.failure)
+        if not watch.finished and not launch.finished_well():
+            raise RunError(f"the run did not start or ended early. Flower's log ends:\n{launch.log_tail()}")
+
+
+class Watch:
+    """Shows a run's events as they come: a live table on a terminal, else a line a round."""
+
+    def __init__(self) -> None:
+        self.rounds = LiveRounds()
+        self.failure = ""
+        self.finished = False
+        self._began = time.time()
+
+    def follow(self, folder: Path, running: Callable[[], bool]) -> None:
+        """Show events until the run ends or nothing runs any more."""
+        from fedllm.runs.events import follow_events
+
+        if not console.is_terminal:
+            console.print("  ".join(HEADINGS))
+        with Live(console=console, refresh_per_second=2) if console.is_terminal else nullcontext() as live:
+            for event in follow_events(folder, lambda: self.finished or not running()):
+                if datetime.fromisoformat(event["time"]).timestamp() < self._began - 1:
+                    continue
+                row = self._take(event)
+                if live is not None:
+                    live.update(self.rounds.render())
+                elif row is not None:
+                    console.print("  ".join(row))
+
+    def _take(self, event: Event) -> list[str] | None:
+        name = event["event"]
+        if name == "warning":
+            console.print(f"warning: {event['text']}", style="yellow", markup=False)
+        if name == "site_reply" and not event["accepted"]:
+            text = f"round {event['round']}: {event['site']} was set aside: {event['reason']}"
+            console.print(text, style="yellow", markup=False)
+        if name == "run_failed":
+            self.failure = event["reason"]
+        self.finished = self.finished or name in {"run_failed", "run_finished"}
+        return self.rounds.add(event)
+
+
+def _say_resume(folder: Path, recipe: str) -> None:
+    if (folder / "config.toml").is_file():
+        console.print(f"\ninterrupted; go on with: fedllm run {recipe} run.resume={folder}", soft_wrap=True)
+    else:
+        console.print("\ninterrupted before the run began; nothing was kept")
+
+
+def _print_result(folder: Path) -> None:
+    from fedllm.runs.events import read_events
+    from fedllm.runs.folder import open_run
+
+    console.print()
+    console.print(final_table([("", read_events(open_run(folder)))]))
+    console.print(
+        f"\nrun folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True, markup=False
+    )
+
+
+Folder = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+def show(runs: Annotated[list[Path], typer.Argument(help="Run folders, side by side.")]) -> None:
+    """Print the final table of one or several runs."""
+    from fedllm.runs.events import read_events
+    from fedllm.runs.folder import open_run
+
+    found = [(path.resolve().name, read_events(open_run(path))) for path in runs]
+    console.print(final_table(found))
+
+
+def report(run: Folder) -> None:
+    """Write a run's metrics.csv and report.html anew from its events."""
+    from fedllm.runs.folder import open_run
+    from fedllm.runs.metrics import write_metrics
+    from fedllm.runs.report import write_report
+
+    folder = open_run(run)
+    write_metrics(folder)
+    print(write_report(folder))
+
+
+def generate(
+    run: Folder,
+    prompt: Annotated[str, typer.Argument(help="What to ask; the recipe's instruction goes before it.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+) -> None:
+    """Ask the tuned model and the untuned base the same thing."""
+    from fedllm.federation.generate import answer
+
+    base, tuned = answer(run, prompt, max_new_tokens=max_new_tokens)
+    console.print("base:  ", base, markup=False)
+    console.print("tuned: ", tuned, markup=False)

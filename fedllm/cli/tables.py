@@ -1,0 +1,136 @@
+"""The live table of a run, and the final table of one or several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Event = Mapping[str, Any]
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> bytes_text(215_432)
+    '215.4 kB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return ""
+
+
+class LiveRounds:
+    """Collects a run's events into one row a round."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[str]] = []
+        self.private = False
+        self.status = "waiting for the server"
+        self._replies: list[Event] = []
+        self._total = 0
+
+    def add(self, event: Event) -> list[str] | None:
+        """Take an event in; return a new row when it finishes a round."""
+        name = event["event"]
+        if name == "run_started":
+            self.private = bool(event["config"].get("privacy.enabled"))
+            self._total = event["rounds"]
+            self.status = "sites are joining"
+        elif name == "round_started":
+            self._replies = []
+            self.status = (
+                f"round {event['round']} of {self._total or '?'}: {len(event['sites'])} sites at work"
+            )
+        elif name == "site_reply":
+            self._replies.append(event)
+        elif name == "round_finished":
+            self.status = "evaluating the result"
+            self.rows.append(self._row(event))
+            return self.rows[-1]
+        elif name == "run_failed":
+            self.status = "failed"
+        elif name == "run_finished":
+            self.status = f"finished after {event['seconds']:.0f} s"
+        return None
+
+    def _row(self, event: Event) -> list[str]:
+        good = [reply for reply in self._replies if reply["accepted"]]
+        absent = "withheld" if self.private else "-"
+
+        def mean(key: str, form: str) -> str:
+            values = [reply[key] for reply in good if reply[key] is not None]
+            return format(sum(values) / len(values), form) if values else absent
+
+        spent = [f"{reply['epsilon']:.2f}" for reply in good if reply["epsilon"] is not None]
+        return [
+            str(event["round"]),
+            f"{event['accepted']}/{len(self._replies)}",
+            mean("loss", ".3f"),
+            mean("accuracy", ".1%"),
+            " ".join(spent) or "-",
+            bytes_text(event["bytes_up"]),
+            bytes_text(event["bytes_down"]),
+            f"{event['seconds']:.0f}",
+        ]
+
+    def render(self) -> Table:
+        """Return the table so far."""
+        table = Table(caption=self.status, caption_justify="left", box=None, pad_edge=False)
+        for column in HEADINGS:
+            table.add_column(column, justify="right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+HEADINGS = ("round", "sites", "loss", "accuracy", "epsilon of each site", "up", "down", "seconds")
+
+
+def final_table(runs: Sequence[tuple[str, Sequence[Event]]]) -> Table:
+    """Return base, majority class and tuned adapter for each site, a pair of columns a run.
+
+    Parameters
+    ----------
+    runs : sequence of (name, events)
+        Runs over the same sites; base and majority class are shown for each run's own records.
+    """
+    table = Table(
+        title="held-out records: accuracy / macro-F1 in %", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("site")
+    for name, _ in runs:
+        for column in ("base", "majority", "tuned"):
+            table.add_column(f"{name}\n{column}", justify="right")
+        table.add_column(f"{name}\nepsilon", justify="right")
+    sites = sorted({e["site"] for _, events in runs for e in events if e["event"] == "evaluated"})
+    for site in sites:
+        cells: list[str] = []
+        for _, events in runs:
+            cells += _site_cells(site, events)
+        table.add_row(site, *cells)
+    return table
+
+
+def _site_cells(site: str, events: Sequence[Event]) -> list[str]:
+    stages = {e["stage"]: e for e in events if e["event"] == "evaluated" and e["site"] == site}
+    private = any(e["event"] == "run_started" and e["config"].get("privacy.enabled") for e in events)
+
+    def pair(stage: str, accuracy: str, score: str) -> str:
+        event = stages.get(stage)
+        if event is None or event[accuracy] is None:
+            return "withheld" if private else "-"
+        return f"{100 * event[accuracy]:.1f} / {100 * event[score]:.1f}"
+
+    spent = [
+        e["epsilon"] for e in events if e["event"] == "site_reply" and e["site"] == site and e["epsilon"]
+    ]
+    return [
+        pair("base", "accuracy", "macro_f1"),
+        pair("final", "majority_accuracy", "majority_macro_f1"),
+        pair("final", "accuracy", "macro_f1"),
+        f"{max(spent):.2f}" if spent else "none",
+    ]
