@@ -344,8 +344,6 @@ def _check_together(config: Config) -> None:
                 "strategy.weighting=examples: example counts depend on private records and are not "
                 "sent in a private run; use uniform."
             )
-    if data.source == "file" and not data.path:
-        raise ConfigError("data.path: source=file needs the path of a csv, jsonl or parquet file.")
     if data.source == "hub" and not data.name:
         raise ConfigError("data.name: source=hub needs the name of a Hugging Face data set.")
     if data.partition == "column" and not data.site:

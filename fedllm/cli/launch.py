@@ -88,7 +88,7 @@ class Launch:
         ours = list(self._processes())
         for process in ours:
             _ignore_gone(process.terminate)
-        _, alive = psutil.wait_procs(ours, timeout=10)
+        _, alive = psutil.wait_procs(ours, timeout=2)
         for process in alive:
             _ignore_gone(process.kill)
 
@@ -137,6 +137,7 @@ def _environment(folder: Path, *, offline: bool) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TMPDIR": tempfile.gettempdir(),
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
         "NO_PROXY": ",".join(part for part in (os.environ.get("NO_PROXY", ""), local) if part),
         "FEDLLM_HOME": str(home()),
         # flower-superlink and its children must be those of this environment

@@ -149,9 +149,15 @@ def _say_resume(folder: Path, recipe: str) -> None:
 def _print_result(folder: Path) -> None:
     from fedllm.runs.events import read_events
     from fedllm.runs.folder import open_run
+    from fedllm.runs.metrics import write_metrics
+    from fedllm.runs.report import write_report
 
+    run = open_run(folder)
+    # the server's processes may have been stopped while they wrote their pages
+    write_metrics(run)
+    write_report(run)
     console.print()
-    console.print(final_table([("", read_events(open_run(folder)))]))
+    console.print(final_table([("", read_events(run))]))
     console.print(
         f"\nrun folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True, markup=False
     )

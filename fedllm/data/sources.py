@@ -72,6 +72,11 @@ def _load(data: DataSettings, stamp: tuple[int, int]) -> datasets.Dataset:
     if data.source in _INSTRUCTIONS:
         where, columns = f"data.source={data.source}", _terminology(data)
     elif data.source == "file":
+        if not data.path:
+            raise DataError(
+                "data.path: data.source=file needs a csv, jsonl or parquet file where sites are simulated "
+                "(real sites name their own in their policy)."
+            )
         path = Path(data.path).expanduser()
         where, columns = str(path), dict(read_table(path, column_roles(data)).values)
     else:

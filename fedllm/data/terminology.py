@@ -6,9 +6,6 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 
-import iso18245
-import simple_icd_10_cm as icd
-
 # (text, label, unit)
 Row = tuple[str, str, str]
 
@@ -37,6 +34,8 @@ def icd10_rows() -> tuple[Row, ...]:
     The seventh character is left out: it repeats a description for the initial encounter, the
     subsequent one and the sequela, and such twins would stand in training and held-out records.
     """
+    import simple_icd_10_cm as icd  # reads its whole table on import, two seconds
+
     rows = [
         (icd.get_description(code), chapter_label(icd.get_description(chapter)), code)
         for chapter in icd.get_all_codes()
@@ -52,6 +51,8 @@ def icd10_rows() -> tuple[Row, ...]:
 @lru_cache(maxsize=1)
 def mcc_rows() -> tuple[Row, ...]:
     """Return (a network's description, range of the code, merchant category code)."""
+    import iso18245
+
     rows = (
         (" ".join(item[f"{network}_description"].split()), item["mcc_range_description"], item["mcc"])
         for item in iso18245.get_all_mccs_dict()

@@ -50,7 +50,6 @@ def test_round_trips(tmp_path: Path) -> None:
             {"privacy.enabled": True, "privacy.epsilon": 1, "strategy.weighting": "examples"},
             "example counts depend on private records",
         ),
-        ({"data.source": "file"}, "data.path: source=file needs"),
         ({"data.source": "hub"}, "data.name: source=hub needs"),
         ({"data.partition": "column"}, "data.site: partition=column"),
         ({"data.prompt": "x"}, "must contain {text}"),

@@ -1,0 +1,129 @@
+"""The command line as a user meets it: output, messages, exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def fedllm(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fedllm.cli.app", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=cwd or ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"} | environment,
+    )
+
+
+def test_help_version_ls_cp_settings(tmp_path: Path) -> None:
+    assert "generate" in fedllm("--help").stdout
+    assert fedllm("--version").stdout.startswith("fedllm 0.")
+    assert "demo/smoke" in fedllm("ls").stdout
+    assert "peak learning rate" in fedllm("settings", "train").stdout
+    assert fedllm("cp", "demo/smoke", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "smoke.toml").read_bytes() == (ROOT / "recipes/demo/smoke.toml").read_bytes()
+    again = fedllm("cp", "demo/smoke", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_run_in_one_process_check_show_report_and_generate(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = fedllm("run", "demo/smoke", f"run.dir={folder}", "--engine", "process")
+    assert done.returncode == 0, done.stderr
+    assert "site-1" in done.stdout
+    assert "report.html" in done.stdout
+    checked = fedllm("check", "demo/smoke", "privacy.enabled=true", "privacy.epsilon=4", "privacy.delta=1e-4")
+    assert checked.returncode == 0, checked.stderr
+    assert "trained numbers" in checked.stdout
+    assert "noise multiplier" in checked.stdout
+    assert "site-0" in fedllm("show", str(folder)).stdout
+    (folder / "report.html").unlink()
+    assert fedllm("report", str(folder)).stdout.strip() == str(folder / "report.html")
+    assert (folder / "report.html").is_file()
+    answers = fedllm("generate", str(folder), "Grocery store", "--max-new-tokens", "4")
+    assert answers.returncode == 0, answers.stderr
+    assert "tuned:" in answers.stdout
+
+
+CSV = "text,label\n" + "\n".join(f"record {i},{'ab'[i % 2]}" for i in range(60)) + "\n"
+FILE = ["demo/smoke", "--engine", "process", "data.source=file", "data.partition=iid"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo/nothing"], "no such recipe"),
+        (["demo/smoke", "trainlr=1"], "unknown setting 'trainlr'"),
+        (["demo/smoke", "train.lr"], "not of the form key=value"),
+        (["demo/smoke", "adapter.rank=0"], "adapter.rank: must be at least 1"),
+        (["demo/smoke", "--engine", "process", "adapter.targets=q_prj"], "Did you mean 'q_proj'"),
+        (["demo/smoke", "--engine", "process", "adapter.layers=7"], "adapter.layers"),
+        (["demo/smoke", "model.name=tiny-lama", "HF"], "not of the form key=value"),
+        (["demo/smoke", "model.name=tiny-lama"], "Did you mean 'tiny-llama'"),
+        (["demo/smoke", "model.path=/nowhere"], "does not exist"),
+        ([*FILE, "data.path=none.csv"], "none.csv"),
+        ([*FILE, "data.path=empty.csv"], "empty"),
+        ([*FILE, "data.path=good.csv", "data.text=texts"], "Did you mean 'text'"),
+        ([*FILE, "data.path=latin.csv"], "UTF-8"),
+        ([*FILE, "data.path=tiny.csv"], "too few"),
+        ([*FILE, "data.path=good.csv", "train.max_length=8"], "max_length"),
+        (
+            [*FILE, "data.path=good.csv", "privacy.enabled=true", "privacy.epsilon=2", "privacy.delta=0.5"],
+            "privacy.delta=0.5 is too large",
+        ),
+        (
+            [*FILE, "data.path=good.csv", "privacy.enabled=true", "privacy.epsilon=2",
+             "privacy.delta=1e-4", "train.batch_size=100"],
+            "sampling cannot be private",
+        ),
+        (["demo/smoke", "run.resume=/nowhere"], "/nowhere"),
+        (["demo/smoke", "run.dir=taken"], "exists; choose another run.dir"),
+        (["demo/smoke", "--engine", "process", "run.dir=/proc/none/run"], "/proc/none"),
+        (["demo/smoke", "--engine", "process", "adapter.init=taken"], "holds no fedllm_state"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named_in_a_line(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "good.csv").write_text(CSV)
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,a\n".encode("latin-1"))
+    (tmp_path / "tiny.csv").write_text("text,label\none,a\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").write_text("x")
+    if not any(word.startswith(("run.dir", "run.resume")) for word in words):
+        words = [*words, f"run.dir={tmp_path / 'run'}"]
+    done = fedllm("run", *words, cwd=tmp_path)
+    said = done.stderr + done.stdout
+    assert done.returncode == 2, said
+    assert message in said.replace("\n", " ")
+    assert "Traceback" not in said
+    assert "record 1" not in said
+
+
+def test_data_check_counts_and_shows_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "records.csv"
+    path.write_text(CSV + "record 3,b\nrecord 4,b\n")
+    done = fedllm("data", "check", str(path), "model.name=tiny-llama")
+    assert done.returncode == 0, done.stderr
+    assert "62" in done.stdout
+    assert "record 3" not in done.stdout
+    missing = fedllm("data", "check", str(path), "text=note")
+    assert missing.returncode == 2
+    assert "no column 'note'" in missing.stderr
+
+
+def test_models_ls_and_an_unknown_pull() -> None:
+    listed = fedllm("models", "ls").stdout
+    assert "smollm2-135m-instruct" in listed
+    done = fedllm("models", "pull", "nothing")
+    assert done.returncode == 2
+    assert "nothing" in done.stderr
