@@ -10,21 +10,19 @@ from functools import lru_cache
 Row = tuple[str, str, str]
 
 _SHORTEST_TEXT = 10
-_LONGEST_LABEL = 6
 _NETWORKS = ("iso", "usda", "stripe", "visa", "alipay", "mastercard", "amex")
 
 
 def chapter_label(description: str) -> str:
-    """Return a short name of an ICD-10-CM chapter: no code range, no lead-in, at most six words.
+    """Return a short name of an ICD-10-CM chapter: its leading words, in lower case.
 
     >>> chapter_label("Diseases of the circulatory system (I00-I99)")
     'circulatory system'
     >>> chapter_label("Injury, poisoning and certain other consequences of external causes (S00-T88)")
-    'injury, poisoning'
+    'injury'
     """
-    name = re.sub(r"\s*\([^()]*\)$", "", description)
-    name = re.sub(r"^(Diseases of the|Certain|Codes for) ", "", name).lower()
-    return name.partition(" and ")[0] if len(name.split()) > _LONGEST_LABEL else name
+    name = re.sub(r"^(Diseases of the|Certain|Codes for) ", "", description)
+    return re.split(r",| \(| and | of | originating ", name)[0].lower()
 
 
 @lru_cache(maxsize=1)

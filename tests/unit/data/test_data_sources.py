@@ -20,9 +20,9 @@ def test_icd10_texts_are_distinct_and_labels_short() -> None:
     assert len(texts) == len(set(texts)) > 30_000
     assert min(map(len, texts)) >= 10
     labels = label_names(DataSettings(), records)
-    assert len(labels) == 22
+    assert len(labels) == len(set(labels)) == 22
     assert all(len(label.split()) <= 6 and label == label.lower() for label in labels)
-    assert {"neoplasms", "circulatory system", "eye and adnexa", "blood", "injury, poisoning"} <= set(labels)
+    assert {"neoplasms", "circulatory system", "eye", "blood", "injury"} <= set(labels)
 
 
 def test_icd10_leaves_the_encounter_twins_out() -> None:
@@ -33,8 +33,8 @@ def test_icd10_leaves_the_encounter_twins_out() -> None:
     ("description", "label"),
     [
         ("Neoplasms (C00-D49)", "neoplasms"),
-        ("Diseases of the eye and adnexa (H00-H59)", "eye and adnexa"),
-        ("Certain infectious and parasitic diseases (A00-B99)", "infectious and parasitic diseases"),
+        ("Diseases of the eye and adnexa (H00-H59)", "eye"),
+        ("Certain infectious and parasitic diseases (A00-B99)", "infectious"),
         ("Factors influencing health status and contact with health services (Z00-Z99)",
          "factors influencing health status"),
     ],
