@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fedllm.adapters.basis import Basis, seeded_basis
-from fedllm.adapters.method import ADAPTER, AdapterMethod, submodule, weight_of
+from fedllm.adapters.method import ADAPTER, AdapterMethod, install, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+from fedllm.errors import MismatchError
 
 
 class FactoredUp(nn.Module):
@@ -24,19 +25,21 @@ class FactoredUp(nn.Module):
 
     def __init__(self, up: Tensor) -> None:
         super().__init__()
-        self.inner = nn.Linear(up.shape[1], up.shape[1], bias=False)
+        # R stays float32 whatever the base's format
+        self.inner = nn.Linear(up.shape[1], up.shape[1], bias=False, device=up.device)
         nn.init.zeros_(self.inner.weight)
         self.register_buffer("up", up, persistent=False)
         self.up: Tensor
 
     @property
     def weight(self) -> Tensor:
-        """Return B R, shape (out, rank)."""
-        return self.up @ self.inner.weight
+        """Return B R, shape (out, rank), float32."""
+        return self.up.float() @ self.inner.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``B R x`` for x of shape (..., rank)."""
-        return nn.functional.linear(self.inner(x), self.up)
+        inner = self.inner(x.to(self.inner.weight.dtype))
+        return nn.functional.linear(inner.to(self.up.dtype), self.up)
 
 
 class FedSB(AdapterMethod):
@@ -60,12 +63,14 @@ class FedSB(AdapterMethod):
         return AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
 
     @override
-    def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
-        weight = weight_of(submodule(layer, "lora_A"))
-        with torch.no_grad():
-            weight.copy_(torch.tensor(down))
-        weight.requires_grad_(False)
-        layer.lora_B[ADAPTER] = FactoredUp(torch.tensor(up).to(weight.device))
+    def prepare(
+        self, layer: LoraLayer, up: Matrix | None, down: Matrix | None, *, dtype: torch.dtype
+    ) -> None:
+        if up is None or down is None:
+            raise MismatchError("Fed-SB's frozen B or A is missing.")
+        install(submodule(layer, "lora_A"), down, dtype)
+        device = weight_of(submodule(layer, "lora_A")).device
+        layer.lora_B[ADAPTER] = FactoredUp(torch.tensor(up).to(device=device, dtype=dtype))
 
     @override
     def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:

@@ -11,8 +11,9 @@ from torch import nn
 from typing_extensions import override
 
 from fedllm.adapters.basis import Basis, kaiming_basis
-from fedllm.adapters.method import AdapterMethod, submodule, weight_of
+from fedllm.adapters.method import AdapterMethod, install, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+from fedllm.errors import MismatchError
 
 
 class FfaLora(AdapterMethod):
@@ -36,11 +37,12 @@ class FfaLora(AdapterMethod):
         return AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
 
     @override
-    def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
-        weight = weight_of(submodule(layer, "lora_A"))
-        with torch.no_grad():
-            weight.copy_(torch.tensor(down))
-        weight.requires_grad_(False)
+    def prepare(
+        self, layer: LoraLayer, up: Matrix | None, down: Matrix | None, *, dtype: torch.dtype
+    ) -> None:
+        if down is None:
+            raise MismatchError("FFA-LoRA's frozen A is missing.")
+        install(submodule(layer, "lora_A"), down, torch.float32)
 
     @override
     def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from typing_extensions import override
@@ -44,7 +45,9 @@ class Lora(AdapterMethod):
         )
 
     @override
-    def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
+    def prepare(
+        self, layer: LoraLayer, up: Matrix | None, down: Matrix | None, *, dtype: torch.dtype
+    ) -> None:
         pass
 
     @override

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from fedllm.adapters.basis import Basis
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix, require_same_layout
@@ -47,8 +48,17 @@ class AdapterMethod(ABC):
         """Return the trained parameters of one injected layer by matrix name."""
 
     @abstractmethod
-    def prepare(self, layer: LoraLayer, up: Matrix | None, down: Matrix | None) -> None:
-        """Install the frozen matrices into one PEFT layer and freeze what does not train."""
+    def prepare(
+        self, layer: LoraLayer, up: Matrix | None, down: Matrix | None, *, dtype: torch.dtype
+    ) -> None:
+        """Install the frozen matrices into one PEFT layer and freeze what does not train.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            The base's number format, which the frozen matrices take too: casting every
+            activation to float32 for them would cost a fifth of a step.
+        """
 
     @abstractmethod
     def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
@@ -56,7 +66,7 @@ class AdapterMethod(ABC):
 
 
 def inject(
-    method: AdapterMethod, model: nn.Module, spec: AdapterSpec, basis: Basis, *, dropout: float = 0.0
+    method: AdapterMethod, model: PreTrainedModel, spec: AdapterSpec, basis: Basis, *, dropout: float = 0.0
 ) -> PeftModel:
     """Wrap a base model with PEFT and turn its LoRA layers into the method's layers.
 
@@ -74,10 +84,11 @@ def inject(
     )
     wrapped = get_peft_model(model, config)
     layers = adapted_layers(wrapped)
+    dtype = model.dtype
     found = {path: (int(layer.out_features), int(layer.in_features)) for path, layer in layers.items()}  # type: ignore[arg-type]
     require_same_layout(spec.shapes, found, site="of this process")
     for path, layer in layers.items():
-        method.prepare(layer, basis.up.get(path), basis.down.get(path))
+        method.prepare(layer, basis.up.get(path), basis.down.get(path), dtype=dtype)
     return wrapped
 
 
@@ -90,6 +101,13 @@ def submodule(layer: LoraLayer, name: str) -> nn.Module:
 def weight_of(module: nn.Module) -> nn.Parameter:
     """Return a linear map's weight."""
     return module.get_parameter("weight")
+
+
+def install(module: nn.Module, matrix: Matrix, dtype: torch.dtype) -> None:
+    """Put a frozen matrix into a linear map, in the base's number format."""
+    weight = weight_of(module)
+    weight.requires_grad_(False)
+    weight.data = torch.tensor(matrix).to(device=weight.device, dtype=dtype)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -75,7 +75,7 @@ FILE = ["demo/smoke", "--engine", "process", "data.source=file", "data.partition
         ([*FILE, "data.path=empty.csv"], "empty"),
         ([*FILE, "data.path=good.csv", "data.text=texts"], "Did you mean 'text'"),
         ([*FILE, "data.path=latin.csv"], "UTF-8"),
-        ([*FILE, "data.path=tiny.csv"], "too few"),
+        ([*FILE, "data.path=tiny.csv"], "1 records cannot be shared among federation.sites=2"),
         ([*FILE, "data.path=good.csv", "train.max_length=8"], "max_length"),
         (
             [*FILE, "data.path=good.csv", "privacy.enabled=true", "privacy.epsilon=2", "privacy.delta=0.5"],
