@@ -16,7 +16,7 @@ from fedllm.errors import FedllmError, RunError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.records import number, pack, text
 from fedllm.federation.run import BASIS_FILE, ServerRun, gather_sites, greet, ship_basis
-from fedllm.runs.checkpoints import Checkpoint, save_checkpoint
+from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
 from fedllm.runs.events import append_event
 from fedllm.runs.metrics import write_metrics
 from fedllm.wire import decode
@@ -86,9 +86,14 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
             f"Finished rounds are kept; go on with run.resume={run.folder.path}"
         )
     run.state = strategy.aggregate(run.state, sorted(updates, key=lambda update: update.site))
-    save_checkpoint(
+    checkpoint = Checkpoint(round=round, state=run.state, extra={"seed": run.seed, "weights": run.weights})
+    path = save_checkpoint(run.folder, checkpoint)
+    append_event(
         run.folder,
-        Checkpoint(round=round, state=run.state, extra={"seed": run.seed, "weights": run.weights}),
+        "checkpoint_saved",
+        round=round,
+        file=path.name,
+        sha256=checkpoint_digest(checkpoint),
     )
     append_event(
         run.folder,
