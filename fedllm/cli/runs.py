@@ -18,7 +18,7 @@ from rich.live import Live
 from fedllm.cli.recipes import Overrides
 from fedllm.cli.tables import HEADINGS, Event, LiveRounds, final_table
 from fedllm.config import Config, Scalar, parse_overrides, read_toml
-from fedllm.errors import ConfigError, RunError
+from fedllm.errors import ConfigError, FedllmError, RunError
 from fedllm.resources import find_recipe
 
 console = Console(highlight=False)
@@ -48,10 +48,15 @@ def run(
         if engine is Engine.process:
             from fedllm.federation.inprocess import run_values
 
-            run_values(values, sites=config.federation.sites)
+            try:
+                run_values(values, sites=config.federation.sites)
+            except FedllmError:
+                _say_resume(folder, recipe)
+                raise
         else:
             _simulate(values, folder, config)
     except KeyboardInterrupt:
+        console.print("\ninterrupted")
         _say_resume(folder, recipe)
         raise
     _print_result(folder)
@@ -141,9 +146,9 @@ class Watch:
 
 def _say_resume(folder: Path, recipe: str) -> None:
     if (folder / "config.toml").is_file():
-        console.print(f"\ninterrupted; go on with: fedllm run {recipe} run.resume={folder}", soft_wrap=True)
+        console.print(f"go on with: fedllm run {recipe} run.resume={folder}", soft_wrap=True, markup=False)
     else:
-        console.print("\ninterrupted before the run began; nothing was kept")
+        console.print("the run had not begun; nothing was kept")
 
 
 def _print_result(folder: Path) -> None:

@@ -79,11 +79,18 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
     replies = exchange(
         grid, contents, kind="train", group=str(round), deadline=run.config.federation.deadline
     )
-    updates = [update for reply in replies if (update := _accept(run, reply, round)) is not None]
+    updates, refusals = [], {}
+    for reply in replies:
+        update = _accept(run, reply, round)
+        if isinstance(update, Update):
+            updates.append(update)
+        else:
+            refusals[reply.peer.name] = update
     if len(updates) < run.quorum:
+        reasons = "; ".join(sorted(set(refusals.values())))
         raise RunError(
-            f"round {round}: {len(updates)} of {len(peers)} replies were valid, {run.quorum} are needed. "
-            f"Finished rounds are kept; go on with run.resume={run.folder.path}"
+            f"round {round}: {len(updates)} of {len(peers)} replies were valid, {run.quorum} are needed: "
+            f"{reasons}"
         )
     run.state = strategy.aggregate(run.state, sorted(updates, key=lambda update: update.site))
     checkpoint = Checkpoint(round=round, state=run.state, extra={"seed": run.seed, "weights": run.weights})
@@ -107,8 +114,8 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
     write_metrics(run.folder)
 
 
-def _accept(run: ServerRun, reply: Reply, round: int) -> Update | None:
-    """Check one reply, record it as an event, and return its update if it is valid."""
+def _accept(run: ServerRun, reply: Reply, round: int) -> Update | str:
+    """Check one reply, record it as an event, and return its update, or why it has none."""
     reason, update, measured = (
         reply.reason,
         None,
@@ -135,7 +142,7 @@ def _accept(run: ServerRun, reply: Reply, round: int) -> Update | None:
         seconds=reply.seconds,
         **released,
     )
-    return update
+    return update or reason
 
 
 def _checked(run: ServerRun, reply: Reply) -> Update:

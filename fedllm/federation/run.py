@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.serverapp import Grid
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis, projections, require_same_basis
@@ -113,13 +113,22 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
     )
 
 
-def resume_run(config: Config, folder: RunFolder) -> ServerRun:
-    """Take a run up again after its newest intact checkpoint.
+def require_unfinished(folder: RunFolder) -> None:
+    """Refuse a run that has nothing left to do.
 
     Raises
     ------
     RunError
-        If the run is finished.
+        If it is finished.
+    """
+    if any(event["event"] == "run_finished" for event in read_events(folder)):
+        raise RunError(f"{folder.path}: this run is finished; there is nothing to resume.")
+
+
+def resume_run(config: Config, folder: RunFolder) -> ServerRun:
+    """Take a run up again after its newest intact checkpoint.
+
+    After the last round only the final evaluation and the export are left to do.
     """
     started = [event for event in read_events(folder) if event["event"] == "run_started"]
     run = start_run(config, folder)
@@ -129,8 +138,6 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
     if started:
         run.run_id = str(started[0]["run_id"])
     if checkpoint is not None:
-        if checkpoint.round >= config.federation.rounds:
-            raise RunError(f"{folder.path}: all {checkpoint.round} rounds of this run are finished.")
         run.state, run.spec = checkpoint.state, checkpoint.state.spec
         run.basis = _known_basis(run.spec, folder.checkpoints_dir)
         run.seed = checkpoint.extra["seed"]
@@ -228,7 +235,7 @@ def _welcome(run: ServerRun, reply: Reply) -> None:
     run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index)
     if reply.notes.get("has_basis") is True:
         run.holders.add(name)
-    append_event(run.folder, "site_joined", site=name, node=reply.peer.node, weights="")
+    append_event(run.folder, "site_joined", site=name, node=reply.peer.node, simulated=run.simulated)
 
 
 def ship_basis(run: ServerRun, grid: Grid) -> None:
@@ -262,8 +269,6 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
     lacking = [peer for name, peer in sorted(run.peers.items()) if name not in run.holders]
     if not lacking or not run.spec.basis.startswith("shipped:"):
         return
-    from safetensors.numpy import save
-
     payload = save(run.basis.tensors)
     contents = [(peer, pack(run.notes(peer), payload)) for peer in lacking]
     for reply in exchange(grid, contents, kind="query.keep_basis", group="0", deadline=deadline):

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedllm.config import Config, Scalar
 from fedllm.errors import FedllmError, RunError
-from fedllm.federation.run import resume_run, start_run
+from fedllm.federation.run import require_unfinished, resume_run, start_run
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, create_run, load_config, open_run
 from fedllm.runs.manifest import write_manifest
@@ -40,6 +40,7 @@ def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
     asked = Config.from_flat(values)
     if asked.run.resume:
         folder = open_run(asked.run.resume)
+        require_unfinished(folder)
         config = load_config(folder)
     else:
         folder = create_run(asked)
@@ -54,7 +55,6 @@ def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
                 folder,
                 "run_started",
                 run_id=run.run_id,
-                simulated=True,
                 sites=config.federation.sites,
                 rounds=config.federation.rounds,
                 config=config.changed(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,9 @@ import tomli_w
 
 from fedllm.config import PrivacySettings
 from fedllm.errors import BudgetError, ConfigError
+
+#: Rows of metrics.csv and tables that are not sites.
+RESERVED = ("federation", "all sites")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,11 @@ def load_policy(path: Path) -> SitePolicy:
             raise ConfigError(f"{path}: {key} needs a value of type {kind}.")
     if not values.get("site"):
         raise ConfigError(f"{path}: the key 'site' (the site's name in the run) is missing.")
+    if not re.fullmatch(r"\w[\w .-]{0,63}", values["site"]) or values["site"] in RESERVED:
+        raise ConfigError(
+            f"{path}: site = '{values['site']}' cannot name a site: use at most 64 letters, digits, blanks, "
+            f"'.', '_' and '-', and none of the words {', '.join(RESERVED)}."
+        )
     for key in ("data_path", "heldout_path", "state_dir", "model_path"):
         if values.get(key) or key == "state_dir":
             values[key] = str(path.parent / values.get(key, "state"))

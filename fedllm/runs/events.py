@@ -31,13 +31,12 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
     {
         "run_started": {
             "run_id": str,
-            "simulated": bool,
             "sites": int,
             "rounds": int,
             "config": dict,
             "versions": dict,
         },
-        "site_joined": {"site": str, "node": int, "weights": str},
+        "site_joined": {"site": str, "node": int, "simulated": bool},
         "basis_shipped": {"bytes_up": int, "bytes_down": int},
         "round_started": {"round": int, "sites": list},
         "site_reply": {

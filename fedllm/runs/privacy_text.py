@@ -64,7 +64,10 @@ def privacy_statement(
         (
             ("Unit of privacy", unit),
             ("Relation", "add or remove one unit"),
-            ("Sampler", f"Poisson, {config.train.batch_size} records a batch expected"),
+            (
+                "Sampler",
+                f"Poisson, {config.train.batch_size * config.train.accumulation} records a step expected",
+            ),
             ("Accountant", "PLD (privacy loss distribution)"),
             ("Clipping norm", f"{privacy.clipping_norm:g}"),
             ("Noise multiplier", noise),

@@ -93,7 +93,8 @@ def render_report(
         Its manifest, if written.
     """
     started = _last(events, "run_started")
-    simulated = None if started is None else bool(started["simulated"])
+    joined = _last(events, "site_joined")
+    simulated = None if joined is None else bool(joined["simulated"])
     status = next((STATUS[e["event"]] for e in reversed(events) if e["event"] in STATUS), "not started")
     rounds = round_metrics(events)
     sites = site_summaries(events)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedllm.privacy.ledger import Ledger
 WORDS = ("fever", "cough", "rash", "pain", "fracture", "anaemia", "asthma", "migraine")
 
 
-def write_site(folder: Path, name: str, *, rows: int = 150) -> Path:
+def write_site(folder: Path, name: str, *, rows: int = 150, max_epsilon: float = 8.0) -> Path:
     """Write a site's records, its public held-out file and its policy."""
     lines = ["note,code"]
     lines += [f"{name} visit {i} with {WORDS[i % 8]},{'AB'[i % 2]}{i % 4}" for i in range(rows)]
@@ -29,7 +30,7 @@ def write_site(folder: Path, name: str, *, rows: int = 150) -> Path:
                 "heldout_path": "public.csv",
                 "text": "note",
                 "label": "code",
-                "max_epsilon": 8.0,
+                "max_epsilon": max_epsilon,
                 "max_delta": 1e-3,
                 "state_dir": f"{name}-state",
             }
@@ -110,7 +111,7 @@ def test_a_killed_server_is_resumed_and_refusals_are_named(
     federation: Any, tmp_path: Path, until: Any
 ) -> None:
     for name in ("north", "south"):
-        federation.start_supernode(name, write_site(tmp_path, name))
+        federation.start_supernode(name, write_site(tmp_path, name, max_epsilon=6.1))
     settings = write_settings(tmp_path, **{"federation.sites": 2, "federation.rounds": 3})
     federation.run(settings)
     until(lambda: read(tmp_path, "checkpoint_saved") or ended(tmp_path), 240, "no checkpoint")
@@ -124,15 +125,11 @@ def test_a_killed_server_is_resumed_and_refusals_are_named(
     assert resumed["round"] >= 2
     assert read(tmp_path, "round_finished")[-1]["round"] == 3
     # the same sites now refuse a run that would overspend, and one that sends a path
-    for changes, reason in (
-        ({}, "budget exhausted"),
-        ({"data.path": "/etc/passwd"}, "the server sent a file path"),
+    for number, (changes, reason) in enumerate(
+        (({}, "budget exhausted"), ({"data.path": "/etc/passwd"}, "the server sent a file path"))
     ):
-        federation.run(
-            write_settings(tmp_path, **{"federation.sites": 2, "run.dir": str(tmp_path / "again")}, **changes)
-        )
-        events = tmp_path / "again" / "events.jsonl"
-        until(lambda: events.is_file() and "run_failed" in events.read_text(), 200, "no refusal")  # noqa: B023
-        assert reason in events.read_text()
-        for path in sorted((tmp_path / "again").rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+        folder = tmp_path / f"refused-{number}"
+        folder.mkdir()
+        federation.run(write_settings(folder, **{"federation.sites": 2, "federation.rounds": 3, **changes}))
+        until(partial(ended, folder), 200, "no refusal")
+        assert reason in str(read(folder, "run_failed"))

@@ -22,7 +22,7 @@ from fedllm.federation.site import identify, public_reason
 from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.checkpoints import latest_checkpoint
-from fedllm.runs.folder import create_run
+from fedllm.runs.folder import create_run, open_run
 
 
 def is_train(message: Message) -> bool:
@@ -119,15 +119,37 @@ def test_below_the_quorum_the_run_fails_resumable(federate: Any, resume: Any, ev
             return Message(error=Error(code=0, reason="x"), reply_to=message)
         return reply
 
-    with pytest.raises(RunError, match=r"round 2: 1 of 3 replies were valid, 2 are needed.*run.resume="):
+    with pytest.raises(
+        RunError, match=r"round 2: 1 of 3 replies were valid, 2 are needed: the site's process"
+    ):
         federate(tamper)
     undisturbed = federate(dir="whole")
     broken = undisturbed.path.parent / "run"
+    (failed,) = events(open_run(broken), "run_failed")
+    assert f"run.resume={broken}" in failed["reason"]
     resumed = resume(broken)
     assert same(tensors(resumed), tensors(undisturbed))
     assert [event["round"] for event in events(resumed, "run_resumed")] == [2]
-    with pytest.raises(RunError, match="all 2 rounds of this run are finished"):
+    with pytest.raises(RunError, match="this run is finished"):
         resume(broken)
+    assert len(events(resumed, "run_failed")) == 1
+
+
+def test_a_run_killed_after_its_last_round_is_evaluated_and_exported(
+    federate: Any, resume: Any, events: Any
+) -> None:
+    def stop(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "evaluate":
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop)
+    undisturbed = federate(dir="whole")
+    resumed = resume(undisturbed.path.parent / "run")
+    assert same(tensors(resumed), tensors(undisturbed))
+    assert len(events(resumed, "round_finished")) == len(events(undisturbed, "round_finished"))
+    assert len(events(resumed, "evaluated")) == len(events(undisturbed, "evaluated"))
 
 
 def test_resume_skips_a_damaged_checkpoint_and_says_so(federate: Any, resume: Any, events: Any) -> None:

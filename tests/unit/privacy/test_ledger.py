@@ -149,6 +149,8 @@ def test_policy_file_and_its_limits(tmp_path: Path) -> None:
         ("site = 3", "site needs a value of type str"),
         ('sit = "x"', "unknown key 'sit'"),
         ('data_path = "x"', "key 'site'"),
+        ('site = "federation"', "cannot name a site"),
+        ('site = "../x"', "cannot name a site"),
         ("site =", "not a readable site policy"),
     ],
 )

@@ -60,14 +60,13 @@ def fill(
         folder,
         "run_started",
         run_id="r1",
-        simulated=True,
         sites=len(sites),
         rounds=3,
         config={},
         versions={},
     )
     for number, site in enumerate(sites):
-        append_event(folder, "site_joined", site=site, node=number, weights="ff")
+        append_event(folder, "site_joined", site=site, node=number, simulated=True)
     for number in (1, 2, 3):
         append_event(folder, "round_started", round=number, sites=list(sites))
         for site in sites:
@@ -181,9 +180,7 @@ def test_unfinished_run(make_run, reply) -> None:
 def test_run_without_replies(make_run, started: bool) -> None:
     folder = make_run()
     if started:
-        append_event(
-            folder, "run_started", run_id="r1", simulated=False, sites=2, rounds=1, config={}, versions={}
-        )
+        append_event(folder, "run_started", run_id="r1", sites=2, rounds=1, config={}, versions={})
     text = page(folder).text
     assert "No reply has arrived yet" in text
     assert ("running" if started else "not started") in text
