@@ -1,0 +1,86 @@
+"""The demo's figures over several seeds: base, majority class, federated, and federated with privacy.
+
+Run with ``python tests/benchmarks/study_demo.py [--seeds 42 43 44] [--dir runs/demo-seeds]``. Cells whose
+run has finished are not run again. Prints a Markdown table: mean over sites, then mean and range over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedllm.runs.events import read_events
+from fedllm.runs.folder import open_run
+
+ROOT = Path(__file__).parents[2]
+RECIPES = {"federated": "demo/icd10-fedsb", "federated, private": "demo/icd10-dp-fedsb"}
+
+
+def finished(folder: Path) -> list[dict[str, Any]] | None:
+    """Return a run's events, or None while it has not finished."""
+    if not (folder / "config.toml").is_file():
+        return None
+    events = read_events(open_run(folder))
+    return events if any(event["event"] == "run_finished" for event in events) else None
+
+
+def cell(recipe: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Run one recipe with one seed where it has not finished yet, and return its events."""
+    path = folder / f"{Path(recipe).name}-{seed}"
+    events = finished(path)
+    if events is None:
+        command = [
+            sys.executable,
+            "-m",
+            "fedllm.cli.app",
+            "run",
+            recipe,
+            f"run.seed={seed}",
+            f"run.dir={path}",
+        ]
+        subprocess.run(command, check=True, cwd=ROOT)
+        events = finished(path)
+        assert events is not None
+    return events
+
+
+def mean(events: list[dict[str, Any]], stage: str, field: str) -> float:
+    """Return a metric's mean over sites, in percent."""
+    values = [e[field] for e in events if e["event"] == "evaluated" and e["stage"] == stage]
+    return 100 * statistics.mean(values)
+
+
+def row(name: str, runs: list[list[dict[str, Any]]], stage: str, prefix: str = "") -> str:
+    """Return a table row: mean over seeds and, in brackets, the smallest and largest."""
+    cells = [name]
+    for field in ("accuracy", "macro_f1"):
+        values = [mean(events, stage, prefix + field) for events in runs]
+        cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
+    spent = [e["epsilon"] for events in runs for e in events if e["event"] == "site_reply" and e["epsilon"]]
+    cells.append(f"{max(spent):.2f}" if spent and stage == "final" and not prefix else "")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Run the missing cells and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--dir", type=Path, default=ROOT / "runs" / "demo-seeds")
+    given = parser.parse_args()
+    found = {
+        name: [cell(recipe, seed, given.dir) for seed in given.seeds] for name, recipe in RECIPES.items()
+    }
+    plain = found["federated"]
+    print("\n| | accuracy, % | macro-F1, % | largest epsilon |\n|---|---|---|---|")
+    print(row("untuned base", plain, "base"))
+    print(row("majority class of each site", plain, "final", "majority_"))
+    for name, runs in found.items():
+        print(row(name, runs, "final"))
+
+
+if __name__ == "__main__":
+    main()
