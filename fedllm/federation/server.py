@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
+from threadpoolctl import threadpool_limits
 
 from fedllm.config import Config, Scalar
 from fedllm.errors import FedllmError, RunError
@@ -22,6 +23,8 @@ from fedllm.runs.metrics import write_metrics
 from fedllm.runs.report import write_report
 
 
+# OpenBLAS's threads wait for ever when another thread of the process forks, as Ray's start does
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
     """Run a recipe's rounds over a grid and leave a complete run folder.
 

@@ -12,6 +12,7 @@ import transformers
 from flwr.app import Context, Error, Message, RecordDict
 from peft import PeftModel
 from safetensors.numpy import load_file
+from threadpoolctl import threadpool_info
 
 from fedllm.adapters.export import save_peft_adapter
 from fedllm.config import Config
@@ -52,6 +53,18 @@ def test_a_run_leaves_a_complete_folder_and_repeats_itself(federate: Any, method
     assert not same(tensors(one), tensors(other))
     base = load_base(Config.from_flat({"model.name": "tiny-llama", "model.dtype": "float32"}).model)
     assert PeftModel.from_pretrained(base, one.adapter_dir)
+
+
+def test_the_server_calls_blas_with_one_thread(federate: Any) -> None:
+    # with several, a QR waits for ever when another thread forks, as Ray's start does
+    seen: set[int] = set()
+
+    def look(message: Message, reply: Message) -> Message:
+        seen.update(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return reply
+
+    federate(look, federation__rounds=1)
+    assert seen == {1}
 
 
 def test_one_site_equals_the_mean_of_identical_updates(federate: Any, events: Any) -> None:
