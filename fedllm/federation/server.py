@@ -23,8 +23,6 @@ from fedllm.runs.metrics import write_metrics
 from fedllm.runs.report import write_report
 
 
-# OpenBLAS's threads wait for ever when another thread of the process forks, as Ray's start does
-@threadpool_limits.wrap(limits=1, user_api="blas")
 def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
     """Run a recipe's rounds over a grid and leave a complete run folder.
 
@@ -40,7 +38,12 @@ def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
     FedllmError
         If the run could not be started or finished; the folder says why and can be resumed.
     """
-    asked = Config.from_flat(values)
+    # OpenBLAS's threads wait for ever when another thread of the process forks, as Ray's start does
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _serve(Config.from_flat(values), grid)
+
+
+def _serve(asked: Config, grid: Grid) -> RunFolder:
     if asked.run.resume:
         folder = open_run(asked.run.resume)
         require_unfinished(folder)
