@@ -162,7 +162,7 @@ def _print_result(folder: Path) -> None:
     write_metrics(run)
     write_report(run)
     console.print()
-    console.print(final_table([("", read_events(run))]))
+    console.print(final_table([(folder.name, read_events(run))]))
     console.print(
         f"\nrun folder: {folder}\nreport:     {folder / 'report.html'}", soft_wrap=True, markup=False
     )

@@ -91,27 +91,24 @@ HEADINGS = ("round", "sites", "loss", "accuracy", "epsilon of each site", "up", 
 
 
 def final_table(runs: Sequence[tuple[str, Sequence[Event]]]) -> Table:
-    """Return base, majority class and tuned adapter for each site, a pair of columns a run.
+    """Return base, majority class and tuned adapter, a row for each run and site.
 
     Parameters
     ----------
     runs : sequence of (name, events)
-        Runs over the same sites; base and majority class are shown for each run's own records.
+        Base and majority class are those of each run's own held-out records.
     """
     table = Table(
         title="held-out records: accuracy / macro-F1 in %", title_justify="left", box=None, pad_edge=False
     )
-    table.add_column("site")
-    for name, _ in runs:
-        for column in ("base", "majority", "tuned"):
-            table.add_column(f"{name}\n{column}", justify="right")
-        table.add_column(f"{name}\nepsilon", justify="right")
-    sites = sorted({e["site"] for _, events in runs for e in events if e["event"] == "evaluated"})
-    for site in sites:
-        cells: list[str] = []
-        for _, events in runs:
-            cells += _site_cells(site, events)
-        table.add_row(site, *cells)
+    for column in ("run", "site"):
+        table.add_column(column)
+    for column in ("base", "majority", "tuned", "epsilon"):
+        table.add_column(column, justify="right")
+    for name, events in runs:
+        for site in sorted({event["site"] for event in events if event["event"] == "evaluated"}):
+            table.add_row(name, site, *_site_cells(site, events))
+        table.add_section()
     return table
 
 
