@@ -42,11 +42,11 @@ ul { margin: 0; padding-left: 1.15rem; max-width: 46rem; }
 .status.finished { color: var(--good); }
 .status.failed { color: var(--bad); }
 .tiles {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1px;
+  display: flex; flex-wrap: wrap; gap: 1px;
   margin: 1.5rem 0 0; background: var(--line); border: 1px solid var(--line);
   border-radius: .6rem; overflow: hidden;
 }
-.tiles div { background: var(--card); padding: .8rem 1rem; }
+.tiles div { flex: 1 1 8.5rem; background: var(--card); padding: .8rem 1rem; box-sizing: border-box; }
 .tiles dt { font-size: .8rem; color: var(--muted); }
 .tiles dd { margin: 0; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
