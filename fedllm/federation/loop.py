@@ -87,7 +87,7 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
         else:
             refusals[reply.peer.name] = update
     if len(updates) < run.quorum:
-        reasons = "; ".join(sorted(set(refusals.values())))
+        reasons = "; ".join(sorted({reason.rstrip(".") for reason in refusals.values()}))
         raise RunError(
             f"round {round}: {len(updates)} of {len(peers)} replies were valid, {run.quorum} are needed: "
             f"{reasons}"

@@ -174,7 +174,10 @@ def gather_sites(run: ServerRun, grid: Grid) -> None:
         if waited > run.config.federation.join_wait or nodes >= sites:
             if len(run.peers) >= run.quorum:
                 return
-            reasons = "; ".join(sorted(set(run.refused.values()))) or "no SuperNode is connected"
+            reasons = (
+                "; ".join(sorted({reason.rstrip(".") for reason in run.refused.values()}))
+                or "no SuperNode is connected"
+            )
             raise RunError(f"{len(run.peers)} of {sites} sites joined, {run.quorum} are needed: {reasons}")
         time.sleep(0.5)
 
