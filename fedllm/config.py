@@ -22,6 +22,28 @@ from fedllm.errors import ConfigError
 
 Scalar = str | int | float | bool
 
+ADAPTERS = ("lora", "ffa", "fed-sb", "ravan", "hydra", "dora", "ia3", "prompt")
+STRATEGIES = (
+    "average",
+    "fedit",
+    "ffa",
+    "rolora",
+    "fed-sb",
+    "ravan",
+    "fedsa",
+    "flora",
+    "fedex",
+    "flexlora",
+    "florist",
+    "raflora",
+    "hetlora",
+    "lora-fair",
+    "fedrot",
+    "fedsvd",
+    "fedask",
+)
+SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "nesterov", "fedhyper")
+
 
 def setting(
     default: Scalar,
@@ -55,7 +77,16 @@ class ModelSettings:
         "smollm2-135m-instruct", "an embedded model (fedllm models ls) or a Hugging Face name"
     )
     path: str = setting("", "a folder with config.json, weights and tokenizer (air-gapped machines)")
-    dtype: str = setting("bfloat16", "number format of the base", choices=("bfloat16", "float32"))
+    kind: str = setting(
+        "causal",
+        "causal: a language model; encoder: sequence classification with a trained head",
+        choices=("causal", "encoder"),
+    )
+    dtype: str = setting(
+        "auto",
+        "number format of the base; auto: bfloat16 where the processor computes in it, else float32",
+        choices=("auto", "bfloat16", "float32"),
+    )
     quantization: str = setting(
         "none", "bitsandbytes quantisation of the base", choices=("none", "8bit", "4bit")
     )
@@ -65,16 +96,28 @@ class ModelSettings:
 class AdapterSettings:
     """How the weight change is parametrised."""
 
-    method: str = setting("fed-sb", "adapter method", choices=("lora", "ffa", "fed-sb"))
-    rank: int = setting(16, "rank r of every adapted matrix", minimum=1)
+    method: str = setting("fed-sb", "adapter method", choices=ADAPTERS)
+    rank: int = setting(16, "rank r of every adapted matrix; prompt: number of virtual tokens", minimum=1)
+    site_ranks: str = setting(
+        "", "ranks of the simulated sites in turn, such as 16,8,4; empty: adapter.rank at every site"
+    )
     alpha: float = setting(0.0, "the update is scaled by alpha/rank; 0 means alpha = rank", minimum=0)
+    rslora: bool = setting(False, "rank-stabilised scaling: alpha/sqrt(rank); alpha 0 means a scale of 1")
+    heads: int = setting(4, "heads of ravan; each has rank adapter.rank", minimum=1)
     dropout: float = setting(0.0, "dropout on the adapter's input while training", minimum=0, maximum=0.9)
     targets: str = setting("all-linear", "all-linear, or module names separated by commas")
     layers: str = setting("", "adapt only these layers, such as 15-29 or 0,1,2; empty: all")
     basis: str = setting(
         "seeded",
-        "where Fed-SB's frozen B and A come from: an 8-byte seed, or the base weights' SVD",
-        choices=("seeded", "public-svd"),
+        "where Fed-SB's frozen B and A come from: an 8-byte seed, the base weights' SVD, or one site's "
+        "first gradients on public, private (not in private runs), or privately noised records",
+        choices=("seeded", "public-svd", "public-gradient", "gradient", "dp-gradient"),
+    )
+    basis_path: str = setting("", "file of public records for basis=public-gradient (not at real sites)")
+    basis_records: int = setting(64, "records (dp-gradient: expected number) for a gradient basis", minimum=1)
+    basis_noise: float = setting(1.0, "noise multiplier of basis=dp-gradient", minimum=0.1)
+    allow_private_basis: bool = setting(
+        False, "yes, basis=gradient publishes singular vectors of private records' gradients"
     )
     init: str = setting("", "go on from this finished adapter folder (run/adapter)")
 
@@ -88,6 +131,7 @@ class DataSettings:
     name: str = setting("", "Hugging Face data set name (source=hub)")
     split: str = setting("train", "split of the Hugging Face data set")
     text: str = setting("text", "column with the input text")
+    pair: str = setting("", "column with a second input text, such as a hypothesis or a context")
     label: str = setting("label", "column with the answer (a label or a text)")
     labels: str = setting("", "all label texts separated by |; empty: those found in the records")
     task: str = setting(
@@ -96,7 +140,7 @@ class DataSettings:
     site: str = setting("", "column that names a record's site (partition=column)")
     unit: str = setting("", "column of the privacy unit, such as patient or customer; empty: the record")
     instruction: str = setting("", "system message put before every record; empty: the source's own")
-    prompt: str = setting("{text}", "user message; {text} stands for the record's text")
+    prompt: str = setting("{text}", "user message; {text} and {pair} stand for the record's texts")
     max_per_label: int = setting(0, "keep at most this many records of a label; 0: all", minimum=0)
     min_per_label: int = setting(0, "drop labels with fewer records than this", minimum=0)
     partition: str = setting(
@@ -113,6 +157,11 @@ class DataSettings:
 class FederationSettings:
     """Who takes part and how long anybody waits."""
 
+    mode: str = setting(
+        "federated",
+        "federated; or the baselines local (each site alone) and central (pooled records, simulated only)",
+        choices=("federated", "local", "central"),
+    )
     sites: int = setting(4, "number of sites", minimum=1)
     rounds: int = setting(5, "number of rounds", minimum=1)
     quorum: int = setting(0, "valid replies a round needs; 0: half of the sites, rounded up", minimum=0)
@@ -134,6 +183,11 @@ class TrainSettings:
     schedule: str = setting("cosine", "learning rate over the whole run", choices=("cosine", "constant"))
     warmup: float = setting(0.0, "share of all steps spent warming up", minimum=0, maximum=1)
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", minimum=0)
+    fedhyper: str = setting(
+        "none",
+        "FedHyper's client-side learning rate, by cosines or by the paper's inner products",
+        choices=("none", "cosine", "paper"),
+    )
     threads: int = setting(0, "torch threads of a site; 0: its share of the cores", minimum=0)
 
 
@@ -153,16 +207,38 @@ class StrategySettings:
     """What the server does with the replies."""
 
     name: str = setting(
-        "average", "average, or a preset: fed-sb, fedit, ffa", choices=("average", "fed-sb", "fedit", "ffa")
+        "average", "aggregation rule: average, or a paper's method (fedllm methods)", choices=STRATEGIES
     )
     weighting: str = setting("uniform", "weight of a site in the mean", choices=("uniform", "examples"))
+    server_optimizer: str = setting(
+        "none", "what the server does with the mean change", choices=("none", *SERVER_OPTIMIZERS)
+    )
+    server_lr: float = setting(0.0, "learning rate of the server optimiser; 0: the method's own", minimum=0)
+    server_form: str = setting(
+        "cosine", "fedhyper on cosines or on the paper's raw inner products", choices=("cosine", "paper")
+    )
+    residual_cap: int = setting(
+        256,
+        "fedex, flora, florist: largest rank of what is folded into the base before it is recompressed",
+        minimum=1,
+    )
+    energy: float = setting(
+        0.99, "florist: share of the squared singular values kept", minimum=0.01, maximum=1
+    )
+    softness: float = setting(0.0, "fedrot: 0 aligns fully, 1 not at all", minimum=0, maximum=1)
+    oversampling: int = setting(8, "fedask: columns of the sketch beyond the rank", minimum=0)
+    diagnostics: bool = setting(True, "log aggregation error, rank energy and cosines of every round")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WireSettings:
     """How adapter matrices become bytes."""
 
-    codec: str = setting("float32", "number format on the wire", choices=("float32", "float16", "bfloat16"))
+    codec: str = setting(
+        "float32", "what sites send: float32, float16, bfloat16, int8, int4, topk:SHARE or topk:SHARE+int8"
+    )
+    codec_down: str = setting("float32", "what sites get, in the same terms")
+    error_feedback: bool = setting(True, "a site adds to its next update what the codec left out of its last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,18 +426,75 @@ def _check_together(config: Config) -> None:
         raise ConfigError("data.site: partition=column needs the column that names a record's site.")
     if "{text}" not in data.prompt:
         raise ConfigError("data.prompt: must contain {text}, the place of the record's text.")
+    if config.model.kind == "causal" and bool(data.pair) != ("{pair}" in data.prompt):
+        raise ConfigError("data.pair and data.prompt: name the column and put {pair} where its text goes.")
     if federation.quorum > federation.sites:
         raise ConfigError(
             f"federation.quorum: {federation.quorum} replies cannot come from {federation.sites} sites."
         )
-    preset = {"fed-sb": "fed-sb", "fedit": "lora", "ffa": "ffa"}.get(config.strategy.name)
-    if preset is not None and preset != config.adapter.method:
+    _check_model_and_adapter(config)
+
+
+def _check_model_and_adapter(config: Config) -> None:
+    adapter, data = config.adapter, config.data
+    if adapter.basis != "seeded" and adapter.method != "fed-sb":
+        raise ConfigError(f"adapter.basis={adapter.basis} applies to adapter.method=fed-sb only.")
+    if adapter.method == "dora" and config.model.quantization == "8bit":
         raise ConfigError(
-            f"strategy.name={config.strategy.name} is defined for adapter.method={preset}, "
-            f"not {config.adapter.method}."
+            "adapter.method=dora: bitsandbytes loses an 8-bit base's scales when DoRA reads its norm; use "
+            "model.quantization=4bit or none."
         )
-    if config.adapter.basis != "seeded" and config.adapter.method != "fed-sb":
-        raise ConfigError(f"adapter.basis={config.adapter.basis} applies to adapter.method=fed-sb only.")
+    if (
+        adapter.basis in ("gradient", "dp-gradient", "public-gradient")
+        and config.model.quantization != "none"
+    ):
+        raise ConfigError(
+            f"adapter.basis={adapter.basis}: a quantised base has no weight gradients; use "
+            "model.quantization=none."
+        )
+    if adapter.basis == "gradient":
+        if config.privacy.enabled:
+            raise ConfigError(
+                "adapter.basis=gradient: singular vectors of private gradients would be published, which no "
+                "epsilon of this run covers; use seeded, public-svd, public-gradient or dp-gradient."
+            )
+        if not adapter.allow_private_basis:
+            raise ConfigError(
+                "adapter.basis=gradient publishes singular vectors of one site's private gradients; say "
+                "adapter.allow_private_basis=true if that is meant."
+            )
+    if adapter.basis == "dp-gradient" and not config.privacy.enabled:
+        raise ConfigError("adapter.basis=dp-gradient needs privacy.enabled=true, which accounts for it.")
+    if config.model.kind == "encoder":
+        if data.task != "classify":
+            raise ConfigError("model.kind=encoder classifies; data.task=generate needs a causal model.")
+        if not data.labels and data.source in ("file", "hub"):
+            raise ConfigError(
+                "data.labels: an encoder's head has one row a label, and server and sites have to agree on "
+                "them; list all labels separated by |."
+            )
+        if adapter.method == "prompt":
+            raise ConfigError("adapter.method=prompt is for causal models (model.kind=causal).")
+    if adapter.dropout and adapter.method in ("ia3", "prompt"):
+        raise ConfigError(f"adapter.dropout: adapter.method={adapter.method} has none.")
+    site_ranks(config)
+
+
+def site_ranks(config: Config) -> tuple[int, ...]:
+    """Return the ranks of the simulated sites in turn; ``adapter.rank`` is the largest.
+
+    Raises
+    ------
+    ConfigError
+        If ``adapter.site_ranks`` is not a list of numbers from 1 to ``adapter.rank``.
+    """
+    words = [word.strip() for word in config.adapter.site_ranks.split(",") if word.strip()]
+    if not all(word.isdigit() and 1 <= int(word) <= config.adapter.rank for word in words):
+        raise ConfigError(
+            f"adapter.site_ranks: '{config.adapter.site_ranks}' must be numbers from 1 to "
+            f"adapter.rank={config.adapter.rank}, separated by commas."
+        )
+    return tuple(int(word) for word in words) or (config.adapter.rank,)
 
 
 def write_app_config(pyproject: Path) -> None:

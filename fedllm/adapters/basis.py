@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -31,25 +31,27 @@ class Basis:
         Module path -> B, shape (out, rank); empty where B is trained.
     down : Mapping[str, Matrix]
         Module path -> A, shape (rank, in).
+    core : Mapping[str, Matrix]
+        Module path -> the R (rank, rank) to start from, where a gradient basis brings one.
     """
 
     up: Mapping[str, Matrix]
     down: Mapping[str, Matrix]
+    core: Mapping[str, Matrix] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Matrix]:
-        """Return all matrices under ``<module>.B`` and ``<module>.A``."""
-        return {f"{module}.B": matrix for module, matrix in self.up.items()} | {
-            f"{module}.A": matrix for module, matrix in self.down.items()
-        }
+        """Return all matrices under ``<module>.B``, ``<module>.A`` and ``<module>.R``."""
+        parts = {"B": self.up, "A": self.down, "R": self.core}
+        return {f"{m}.{name}": matrix for name, part in parts.items() for m, matrix in part.items()}
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Matrix]) -> Basis:
         """Rebuild a basis from :attr:`tensors`."""
-        return Basis(
-            up={key[:-2]: value for key, value in tensors.items() if key.endswith(".B")},
-            down={key[:-2]: value for key, value in tensors.items() if key.endswith(".A")},
+        up, down, core = (
+            {key[:-2]: value for key, value in tensors.items() if key.endswith(f".{name}")} for name in "BAR"
         )
+        return Basis(up=up, down=down, core=core)
 
     @property
     def digest(self) -> str:
@@ -77,11 +79,22 @@ def orthonormal(seed: str, name: str, *, rows: int, columns: int) -> Matrix:
     return np.asarray(q * np.where(np.diag(r) < 0, -1.0, 1.0), dtype=np.float32)
 
 
-def seeded_basis(shapes: Mapping[str, tuple[int, int]], *, rank: int, seed: str) -> Basis:
-    """Return orthonormal B (out, rank) and A (rank, in) of every module from one seed."""
+def seeded_basis(shapes: Mapping[str, tuple[int, int]], *, rank: int, seed: str, heads: int = 1) -> Basis:
+    """Return orthonormal B (out, heads rank) and A (heads rank, in) of every module from one seed.
+
+    Where all heads together have more columns than the matrix has rows, each head's own columns
+    are orthonormal and those of two heads are not.
+    """
+
+    def columns(name: str, rows: int) -> Matrix:
+        if heads * rank <= rows:
+            return orthonormal(seed, name, rows=rows, columns=heads * rank)
+        drawn = [orthonormal(seed, f"{name}.{head}", rows=rows, columns=rank) for head in range(heads)]
+        return np.hstack(drawn)
+
     return Basis(
-        up={m: orthonormal(seed, f"{m}.B", rows=out, columns=rank) for m, (out, _) in shapes.items()},
-        down={m: orthonormal(seed, f"{m}.A", rows=into, columns=rank).T for m, (_, into) in shapes.items()},
+        up={module: columns(f"{module}.B", out) for module, (out, _) in shapes.items()},
+        down={module: columns(f"{module}.A", into).T for module, (_, into) in shapes.items()},
     )
 
 
@@ -116,6 +129,31 @@ def svd_basis(weights: Mapping[str, npt.NDArray[np.float32]], *, rank: int) -> B
         up[module] = np.ascontiguousarray(left * signs)
         down[module] = np.ascontiguousarray(right * signs[:, None])
     return Basis(up=up, down=down)
+
+
+def gradient_basis(
+    gradients: Mapping[str, npt.NDArray[np.float32]], *, rank: int, step: float | None
+) -> Basis:
+    """Return Fed-SB's own start: the top singular directions of a first step of AdamW.
+
+    ``-step sign(G)`` is that step for the summed gradient G (LoRA-SB, arXiv 2411.19557), and its best
+    rank-r approximation B R A is what training starts from. With ``step=None`` the directions are
+    those of -G itself and R starts at zero: the sign of a noised gradient has lost the little
+    low-rank structure that noise leaves.
+
+    Parameters
+    ----------
+    gradients : Mapping[str, ndarray]
+        Module path -> summed gradient of the weight, shape (out, in).
+    step : float or None
+        Effective learning rate of that step.
+    """
+    if step is None:
+        return svd_basis({module: -gradient for module, gradient in gradients.items()}, rank=rank)
+    updates = {m: np.asarray(-step * np.sign(g), dtype=np.float32) for m, g in gradients.items()}
+    basis = svd_basis(updates, rank=rank)
+    values = {m: np.diag(basis.up[m].T @ updates[m] @ basis.down[m].T) for m in updates}
+    return Basis(up=basis.up, down=basis.down, core={m: np.diag(v) for m, v in values.items()})
 
 
 def projections(basis: Basis, *, seed: str) -> tuple[float, ...]:

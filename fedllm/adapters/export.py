@@ -1,58 +1,128 @@
-"""Write an adapter state as a standard PEFT LoRA folder, without the base model."""
+"""Write an adapter state as a standard PEFT folder, without the base model wherever that is possible."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PromptTuningConfig
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis
-from fedllm.adapters.state import AdapterSpec, AdapterState
+from fedllm.adapters.hydra import merged_factors
+from fedllm.adapters.layers import Factors
+from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+from fedllm.adapters.vectors import ia3_config
 from fedllm.errors import RunError
 
 STATE_FILE = "fedllm_state.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
 
 
-def save_peft_adapter(state: AdapterState, basis: Basis, folder: Path, *, base_model: str, seed: str) -> None:
-    """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+def save_state(state: AdapterState, folder: Path, *, seed: str) -> None:
+    """Write the trained matrices themselves, so that a later run can go on from them.
 
-    Every method here has an exact LoRA form: Fed-SB as ``B' = B R, A' = A``. The trained
-    matrices themselves stand beside it, so that a later run can go on from them.
-
-    Parameters
-    ----------
-    base_model : str
-        Name written into the PEFT config (never a path of this machine).
-    seed : str
-        Seed the adapter was started from, kept for ``adapter.init``.
+    Raises
+    ------
+    RunError
+        If the folder cannot be written.
     """
-    method = METHODS[state.spec.method]
-    tensors: dict[str, np.ndarray] = {}
-    for module, (up, down) in method.lora_factors(state, basis).items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(down, np.float32)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(up, np.float32)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(
             {key: np.array(value) for key, value in state.tensors.items()},
             folder / STATE_FILE,
             metadata={"spec": state.spec.to_json(), "seed": seed},
         )
-        LoraConfig(
-            r=state.spec.rank,
-            lora_alpha=state.spec.scale * state.spec.rank,  # type: ignore[arg-type]  # PEFT takes floats too
-            target_modules=_targets(state.spec),
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base_model,
-            inference_mode=True,
-        ).save_pretrained(str(folder))
     except OSError as error:
         raise RunError(f"{folder}: the adapter could not be written ({error.strerror}).") from error
+
+
+def save_peft_adapter(
+    state: AdapterState, basis: Basis, folder: Path, *, base_model: str, folded: Factors | None = None
+) -> None:
+    """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    Fed-SB becomes ``B' = B R, A' = A``; what a rule has folded into the base becomes further columns.
+
+    Parameters
+    ----------
+    base_model : str
+        Name written into the PEFT config (never a path of this machine).
+    folded : Mapping, optional
+        Module path -> (U, D) that was added to the base's weights during the run.
+
+    Raises
+    ------
+    MismatchError
+        If the method's adapter cannot be written without the base's weights.
+    RunError
+        If the folder cannot be written.
+    """
+    spec, method = state.spec, METHODS[state.spec.method]
+    if spec.method == "ia3":
+        tensors = {f"{_PREFIX}{m}.ia3_l": state.tensors[f"{m}.l"] for m in spec.shapes}
+        _write(folder, ia3_config(spec), tensors, state, base_model=base_model)
+    elif spec.method == "prompt":
+        config = PromptTuningConfig(
+            num_virtual_tokens=spec.rank, token_dim=spec.width, num_transformer_submodules=1
+        )
+        tensors = {"prompt_embeddings": state.tensors["prompt.P"]}
+        _write(folder, config, tensors, state, base_model=base_model)
+    else:
+        factors = with_folded(method.lora_factors(state, basis), folded or {}, scale=spec.scale)
+        _write_lora(folder, factors, {}, state, base_model=base_model)
+
+
+def save_with_base(state: AdapterState, base: nn.Module, folder: Path, *, base_model: str) -> None:
+    """Write the PEFT adapter of a method whose form needs the base's weights (Hydra, DoRA).
+
+    Raises
+    ------
+    RunError
+        If the folder cannot be written.
+    """
+    weights, biases = {}, {}
+    for module in state.spec.shapes:
+        layer = base.get_submodule(module)
+        weights[module] = layer.get_parameter("weight").detach().float().cpu().numpy()
+        bias = dict(layer.named_parameters(recurse=False)).get("bias")
+        if bias is not None:
+            biases[module] = bias.detach().float().cpu().numpy()
+    if state.spec.method == "hydra":
+        factors, shifts = merged_factors(state, weights, biases)
+        scaled = with_folded(factors, {}, scale=state.spec.scale)
+        _write_lora(folder, scaled, shifts, state, base_model=base_model)
+        return
+    factors = {m: (state.tensors[f"{m}.B"], state.tensors[f"{m}.A"]) for m in state.spec.shapes}
+    tensors = _lora_tensors(factors) | {
+        f"{_PREFIX}{m}.lora_magnitude_vector": np.linalg.norm(weights[m], axis=1) + state.tensors[f"{m}.M"]
+        for m in state.spec.shapes
+    }
+    spec = state.spec
+    config = _lora_config(spec, rank=spec.rank, alpha=spec.scale * spec.rank, dora=True)
+    _write(folder, config, tensors, state, base_model=base_model)
+
+
+def with_folded(factors: Factors, folded: Factors, *, scale: float) -> Factors:
+    """Return factors with their scale and the folded ones inside, all of one rank (zero columns)."""
+    joined = {}
+    for module, (up, down) in factors.items():
+        more_up, more_down = folded.get(module, (up[:, :0], down[:0]))
+        joined[module] = (np.hstack([scale * up, more_up]), np.vstack([down, more_down]))
+    rank = max(up.shape[1] for up, _ in joined.values())
+    return {
+        module: (
+            np.pad(up, ((0, 0), (0, rank - up.shape[1]))),
+            np.pad(down, ((0, rank - down.shape[0]), (0, 0))),
+        )
+        for module, (up, down) in joined.items()
+    }
 
 
 def load_state(folder: Path) -> tuple[AdapterState, str]:
@@ -76,9 +146,71 @@ def load_state(folder: Path) -> tuple[AdapterState, str]:
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"adapter.init: {path} is damaged ({type(error).__name__}).") from None
     shapes = METHODS[order.method].trained_shapes(order)
-    return AdapterState(order, {key: tensors[key] for key in shapes}), metadata["seed"]
+    return AdapterState(order, {key: tensors[key] for key in shapes if key in tensors}), metadata["seed"]
 
 
-def _targets(spec: AdapterSpec) -> str:
-    """Return the exact module paths as a regular expression (lists match by suffix)."""
-    return "^(" + "|".join(re.escape(module) for module in spec.shapes) + ")$"
+def _write_lora(
+    folder: Path,
+    factors: Factors,
+    shifts: Mapping[str, Matrix],
+    state: AdapterState,
+    *,
+    base_model: str,
+) -> None:
+    """Write factors that carry their scale; ``shifts`` are changes of biases."""
+    tensors = _lora_tensors(factors)
+    for module in factors if shifts else ():
+        out = factors[module][0].shape[0]
+        tensors[f"{_PREFIX}{module}.lora_B.bias"] = shifts.get(module, np.zeros(out, np.float32))
+    rank = next(iter(factors.values()))[0].shape[1]
+    config = _lora_config(state.spec, rank=rank, alpha=float(rank), bias=bool(shifts))
+    _write(folder, config, tensors, state, base_model=base_model)
+
+
+def _lora_tensors(factors: Factors) -> dict[str, Matrix]:
+    tensors = {}
+    for module, (up, down) in factors.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = down
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = up
+    return tensors
+
+
+def _lora_config(
+    spec: AdapterSpec, *, rank: int, alpha: float, dora: bool = False, bias: bool = False
+) -> LoraConfig:
+    # exact module paths as a regular expression: lists match by suffix
+    targets = "^(" + "|".join(re.escape(module) for module in spec.shapes) + ")$"
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT takes floats too
+        target_modules=targets,
+        use_dora=dora,
+        lora_bias=bias,
+    )
+
+
+def _write(
+    folder: Path,
+    config: LoraConfig | IA3Config | PromptTuningConfig,
+    tensors: Mapping[str, Matrix],
+    state: AdapterState,
+    *,
+    base_model: str,
+) -> None:
+    head = {
+        f"{_PREFIX}{module}.{name}": state.tensors[f"{module}.{name}"]
+        for module in state.spec.head
+        for name in ("weight", "bias")
+    }
+    config.task_type = "SEQ_CLS" if head else "CAUSAL_LM"
+    config.base_model_name_or_path = base_model
+    config.inference_mode = True
+    if head and not isinstance(config, PromptTuningConfig):
+        config.modules_to_save = [module.partition(".")[0] for module in state.spec.head]
+    whole = {key: np.ascontiguousarray(value, np.float32) for key, value in {**tensors, **head}.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+    except OSError as error:
+        raise RunError(f"{folder}: the adapter could not be written ({error.strerror}).") from error

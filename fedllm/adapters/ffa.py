@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from typing_extensions import override
 
 from fedllm.adapters.basis import Basis, kaiming_basis
-from fedllm.adapters.method import AdapterMethod, install, submodule, weight_of
+from fedllm.adapters.layers import LoraFamily, install, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.errors import MismatchError
 
 
-class FfaLora(AdapterMethod):
+class FfaLora(LoraFamily):
     """Train and send B (out, rank); the mean of B is exact in the product B A."""
 
     name = "ffa"
-    trained = ("B",)
+    title = "FFA-LoRA"
+    paper = "arXiv 2403.12313"
+    trains = "B"
     has_basis = True
 
     @override
-    def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    def matrices(self, spec: AdapterSpec) -> tuple[str, ...]:
+        return ("B",)
+
+    @override
+    def shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
         return {f"{module}.B": (out, spec.rank) for module, (out, _) in spec.shapes.items()}
 
     @override
@@ -32,20 +37,21 @@ class FfaLora(AdapterMethod):
         return kaiming_basis(spec.shapes, rank=spec.rank, seed=seed)
 
     @override
-    def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
-        shapes = self.trained_shapes(spec)
-        return AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
-
-    @override
     def prepare(
-        self, layer: LoraLayer, up: Matrix | None, down: Matrix | None, *, dtype: torch.dtype
+        self,
+        layer: LoraLayer,
+        up: Matrix | None,
+        down: Matrix | None,
+        *,
+        spec: AdapterSpec,
+        dtype: torch.dtype,
     ) -> None:
         if down is None:
             raise MismatchError("FFA-LoRA's frozen A is missing.")
         install(submodule(layer, "lora_A"), down, torch.float32)
 
     @override
-    def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
+    def layer_parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
         return {"B": weight_of(submodule(layer, "lora_B"))}
 
     @override

@@ -1,141 +1,135 @@
-"""What an adapter method has to provide, and the registry of methods."""
+"""What an adapter method has to provide, and how its matrices get into and out of a model."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedllm.adapters.basis import Basis
+from fedllm.adapters.basis import Basis, generator
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix, require_same_layout
+from fedllm.errors import MismatchError
 
-ADAPTER = "default"
+HEAD = ("weight", "bias")
+_HEAD_DEVIATION = 0.02
 
 
 class AdapterMethod(ABC):
-    """One way to parametrise the weight change of a linear map.
+    """One way to parametrise the change of a model.
 
     A method is stateless: it injects its layers into a model through PEFT, names the matrices
-    that train and travel, and writes them as ordinary LoRA factors.
+    that train and travel, and says what it exports.
+
+    Attributes
+    ----------
+    branches : tuple[tuple[str, str], ...]
+        Pairs (up, down) of matrices whose product is a low-rank update, for the rules that work
+        on products; empty where there are none.
+    export : {"lora", "peft", "base"}
+        ``lora``: exactly an ordinary LoRA; ``peft``: another kind of PEFT adapter; ``base``: a PEFT
+        adapter that can only be written where the base weights are (``fedllm export``).
+    private : bool
+        Whether per-example gradients of its matrices are implemented.
     """
 
     name: ClassVar[str]
-    #: names of the trained matrices of one module
-    trained: ClassVar[tuple[str, ...]]
-    #: whether the method has frozen matrices besides the base weights
-    has_basis: ClassVar[bool]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    #: what trains and travels, in words, for tables
+    trains: ClassVar[str]
+    branches: ClassVar[tuple[tuple[str, str], ...]] = ()
+    has_basis: ClassVar[bool] = False
+    export: ClassVar[Literal["lora", "peft", "base"]] = "lora"
+    private: ClassVar[bool] = True
 
     @abstractmethod
-    def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-        """Return key -> shape of every trained matrix, in order."""
+    def matrices(self, spec: AdapterSpec) -> tuple[str, ...]:
+        """Return the names of the trained matrices of one module, the head's not among them."""
 
     @abstractmethod
-    def seeded(self, spec: AdapterSpec, seed: str) -> Basis:
-        """Return the frozen matrices drawn from a seed."""
+    def shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        """Return key -> shape of every adapter matrix, in order."""
 
     @abstractmethod
-    def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
-        """Return the state whose weight change is zero, from shapes alone."""
+    def inject(self, model: PreTrainedModel, spec: AdapterSpec, basis: Basis, *, dropout: float) -> nn.Module:
+        """Put the method's layers into a base model and freeze everything else.
 
-    @abstractmethod
-    def parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
-        """Return the trained parameters of one injected layer by matrix name."""
-
-    @abstractmethod
-    def prepare(
-        self, layer: LoraLayer, up: Matrix | None, down: Matrix | None, *, dtype: torch.dtype
-    ) -> None:
-        """Install the frozen matrices into one PEFT layer and freeze what does not train.
-
-        Parameters
-        ----------
-        dtype : torch.dtype
-            The base's number format, which the frozen matrices take too: casting every
-            activation to float32 for them would cost a fifth of a step.
+        Raises
+        ------
+        MismatchError
+            If the model's adapted linear maps are not those of the spec.
         """
 
     @abstractmethod
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return key -> trained adapter parameter of an injected model, in order."""
+
+    def seeded(self, spec: AdapterSpec, seed: str) -> Basis:
+        """Return the frozen matrices drawn from a seed."""
+        return Basis(up={}, down={})
+
+    def start(self, spec: AdapterSpec, seed: str) -> dict[str, Matrix]:
+        """Return the adapter matrices at which the model is the base, from shapes alone."""
+        return {key: np.zeros(shape, np.float32) for key, shape in self.shapes(spec).items()}
+
     def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
-        """Return module path -> (B, A) of the ordinary LoRA adapter with the same update."""
+        """Return module path -> (B, A) of the ordinary LoRA adapter with the same update.
+
+        Raises
+        ------
+        MismatchError
+            If the method's update is no product that the base's weights do not enter.
+        """
+        raise MismatchError(f"{self.title} is no ordinary LoRA adapter.")
+
+    def offsets(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Return key -> what a parameter holds at the start and a state leaves out."""
+        return {}
+
+    def trained_shapes(self, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+        """Return key -> shape of everything that trains: adapter matrices, then the head."""
+        shapes = self.shapes(spec)
+        for module, (out, into) in spec.head.items():
+            shapes |= {f"{module}.weight": (out, into), f"{module}.bias": (out,)}
+        return shapes
+
+    def initial_state(self, spec: AdapterSpec, *, seed: str) -> AdapterState:
+        """Return the state a run starts from: no change of the base, a small seeded head."""
+        tensors = self.start(spec, seed)
+        for module, (out, into) in spec.head.items():
+            draw = generator(seed, f"{module}.weight").standard_normal((out, into))
+            tensors[f"{module}.weight"] = (_HEAD_DEVIATION * draw).astype(np.float32)
+            tensors[f"{module}.bias"] = np.zeros(out, np.float32)
+        return AdapterState(spec, tensors)
 
 
-def inject(
-    method: AdapterMethod, model: PreTrainedModel, spec: AdapterSpec, basis: Basis, *, dropout: float = 0.0
-) -> PeftModel:
-    """Wrap a base model with PEFT and turn its LoRA layers into the method's layers.
-
-    Raises
-    ------
-    MismatchError
-        If the model's adapted linear maps are not those of the spec.
-    """
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.scale * spec.rank,  # type: ignore[arg-type]  # PEFT takes floats too
-        lora_dropout=dropout,
-        target_modules=list(spec.shapes),
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, config)
-    layers = adapted_layers(wrapped)
-    dtype = model.dtype
-    found = {path: (int(layer.out_features), int(layer.in_features)) for path, layer in layers.items()}  # type: ignore[arg-type]
-    require_same_layout(spec.shapes, found, site="of this process")
-    for path, layer in layers.items():
-        method.prepare(layer, basis.up.get(path), basis.down.get(path), dtype=dtype)
-    return wrapped
-
-
-def submodule(layer: LoraLayer, name: str) -> nn.Module:
-    """Return the adapter's part of a PEFT layer, such as ``lora_A``."""
-    found: nn.ModuleDict = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}[name]
-    return found[ADAPTER]
-
-
-def weight_of(module: nn.Module) -> nn.Parameter:
-    """Return a linear map's weight."""
-    return module.get_parameter("weight")
-
-
-def install(module: nn.Module, matrix: Matrix, dtype: torch.dtype) -> None:
-    """Put a frozen matrix into a linear map, in the base's number format."""
-    weight = weight_of(module)
-    weight.requires_grad_(False)
-    weight.data = torch.tensor(matrix).to(device=weight.device, dtype=dtype)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return module path (as in the base model) -> PEFT layer, in model order."""
-    prefix = "base_model.model."
-    return {
-        path.removeprefix(prefix): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
-def trained_parameters(method: AdapterMethod, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return key (as in :class:`AdapterState`) -> trained parameter, in order."""
-    return {
-        f"{path}.{name}": parameter
-        for path, layer in adapted_layers(model).items()
-        for name, parameter in method.parameters(layer).items()
-    }
+def trained_parameters(method: AdapterMethod, model: nn.Module, spec: AdapterSpec) -> dict[str, nn.Parameter]:
+    """Return key (as in :class:`AdapterState`) -> trained parameter, in order; the head is unfrozen."""
+    parameters = method.parameters(model)
+    modules = dict(model.named_modules())
+    for module in spec.head:
+        (path,) = (path for path in modules if path == module or path.endswith(f"model.{module}"))
+        for name in HEAD:
+            parameter = modules[path].get_parameter(name)
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            parameters[f"{module}.{name}"] = parameter
+    return parameters
 
 
 def read_state(method: AdapterMethod, model: nn.Module, spec: AdapterSpec) -> AdapterState:
     """Copy the trained matrices out of a model."""
+    offsets = method.offsets(model)
     return AdapterState(
         spec,
         {
-            key: parameter.detach().float().cpu().numpy()
-            for key, parameter in trained_parameters(method, model).items()
+            key: (parameter.detach() - offsets.get(key, 0.0)).float().cpu().numpy()
+            for key, parameter in trained_parameters(method, model, spec).items()
         },
     )
 
@@ -148,7 +142,8 @@ def write_state(method: AdapterMethod, model: nn.Module, state: AdapterState) ->
     MismatchError
         Naming the first matrix that the model lacks, has besides, or has in another shape.
     """
-    parameters = trained_parameters(method, model)
+    parameters = trained_parameters(method, model, state.spec)
+    offsets = method.offsets(model)
     require_same_layout(
         {key: tuple(parameter.shape) for key, parameter in parameters.items()},
         state.layout,
@@ -157,3 +152,5 @@ def write_state(method: AdapterMethod, model: nn.Module, state: AdapterState) ->
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(torch.tensor(state.tensors[key]))
+            if key in offsets:
+                parameter.add_(offsets[key])

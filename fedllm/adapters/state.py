@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
@@ -29,7 +28,7 @@ class AdapterSpec:
     rank : int
         Rank r of every adapted matrix.
     scale : float
-        Factor s of the update, alpha / r.
+        Factor s of the update, alpha / r (or alpha / sqrt r).
     shapes : Mapping[str, tuple[int, int]]
         Module path -> (out, in) of every adapted linear map, in model order.
     basis : str
@@ -37,6 +36,13 @@ class AdapterSpec:
         ``shipped:<sha256>``.
     base : str
         Fingerprint of the base model's architecture (config and adapted shapes).
+    heads : int
+        Parallel blocks of a matrix (RAVAN); 1 elsewhere.
+    head : Mapping[str, tuple[int, int]]
+        Module path -> (out, in) of an encoder's classification head, trained whole with its
+        biases; empty for causal models.
+    width : int
+        Hidden size, for methods whose matrices belong to no module.
     """
 
     method: str
@@ -45,18 +51,23 @@ class AdapterSpec:
     shapes: Mapping[str, tuple[int, int]]
     basis: str
     base: str
+    heads: int = 1
+    head: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    width: int = 0
 
     def to_json(self) -> str:
         """Return the spec as canonical JSON."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        values["shapes"] = {module: list(shape) for module, shape in self.shapes.items()}
+        values = dict(vars(self))
+        for name in ("shapes", "head"):
+            values[name] = {module: list(shape) for module, shape in values[name].items()}
         return json.dumps(values, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> AdapterSpec:
         """Read a spec written by :meth:`to_json`."""
         values = json.loads(text)
-        values["shapes"] = {module: (int(o), int(i)) for module, (o, i) in values["shapes"].items()}
+        for name in ("shapes", "head"):
+            values[name] = {module: (int(o), int(i)) for module, (o, i) in values[name].items()}
         return AdapterSpec(**values)
 
     @property
@@ -100,9 +111,28 @@ class AdapterState:
         """Return a state of the same spec with other matrices."""
         return AdapterState(self.spec, tensors)
 
+    def only(self, names: Collection[str]) -> AdapterState:
+        """Return the state of the matrices with these names alone (``A``, ``R``, ...), in order."""
+        return self.with_tensors(
+            {key: value for key, value in self.tensors.items() if matrix_name(key) in names}
+        )
+
+    def updated(self, other: AdapterState) -> AdapterState:
+        """Return this state with the other's matrices in the place of its own."""
+        return self.with_tensors({**self.tensors, **other.tensors})
+
     def zeros(self) -> AdapterState:
         """Return a state of the same layout filled with zeros."""
         return self.with_tensors({key: np.zeros_like(value) for key, value in self.tensors.items()})
+
+
+def matrix_name(key: str) -> str:
+    """Return the matrix's name in a key.
+
+    >>> matrix_name("model.layers.0.self_attn.q_proj.R")
+    'R'
+    """
+    return key.rpartition(".")[2]
 
 
 def require_same_spec(ours: AdapterSpec, theirs: AdapterSpec, *, site: str) -> None:
@@ -113,11 +143,12 @@ def require_same_spec(ours: AdapterSpec, theirs: AdapterSpec, *, site: str) -> N
     MismatchError
         Naming the first difference and the site.
     """
-    for name in ("method", "rank", "scale", "basis", "base"):
-        left, right = getattr(ours, name), getattr(theirs, name)
-        if left != right:
-            raise MismatchError(f"site {site}: adapter {name} is {right}, expected {left}.")
+    left, right = vars(ours), vars(theirs)
+    for name in ("method", "rank", "scale", "basis", "base", "heads", "width"):
+        if left[name] != right[name]:
+            raise MismatchError(f"site {site}: adapter {name} is {right[name]}, expected {left[name]}.")
     require_same_layout(ours.shapes, theirs.shapes, site=site)
+    require_same_layout(ours.head, theirs.head, site=site)
 
 
 def require_same_layout(ours: Layout, theirs: Layout, *, site: str) -> None:

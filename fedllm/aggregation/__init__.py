@@ -1,5 +1,132 @@
-"""Pure functions on adapter states."""
+"""Pure functions on adapter states: means, exact products, server optimisers, diagnostics."""
 
-from fedllm.aggregation.average import weighted_mean
+from __future__ import annotations
 
-__all__ = ["weighted_mean"]
+from fedllm.adapters import METHODS
+from fedllm.aggregation.average import Mean, weighted_mean
+from fedllm.aggregation.means import RAVAN, Average, FedSA, FedSB, FFALoRA, Local, RoLoRA
+from fedllm.aggregation.optimizers import OPTIMIZERS, ServerOptimizer
+from fedllm.aggregation.products import (
+    FedASK,
+    FedEx,
+    FedIT,
+    FedRot,
+    FedSVD,
+    FlexLoRA,
+    FLoRA,
+    FLoRIST,
+    HetLoRA,
+    LoRAFAIR,
+    RaFLoRA,
+)
+from fedllm.aggregation.rule import Declaration, Outcome, RoundPlan, Rule, Update
+from fedllm.config import Config, site_ranks
+from fedllm.errors import ConfigError
+
+#: Registry of aggregation rules by ``strategy.name``; a new rule adds one line here.
+RULES: dict[str, type[Rule]] = {
+    rule.about.name: rule
+    for rule in (
+        Average,
+        FedIT,
+        FFALoRA,
+        RoLoRA,
+        FedSB,
+        RAVAN,
+        FedSA,
+        FLoRA,
+        FedEx,
+        FlexLoRA,
+        FLoRIST,
+        RaFLoRA,
+        HetLoRA,
+        LoRAFAIR,
+        FedRot,
+        FedSVD,
+        FedASK,
+    )
+}
+
+
+def make_rule(config: Config) -> Rule:
+    """Return the rule of a recipe; the baseline without a federation shares nothing."""
+    rule = Local if config.federation.mode == "local" else RULES[config.strategy.name]
+    return rule(config.strategy, private=config.privacy.enabled)
+
+
+def make_optimizer(config: Config) -> ServerOptimizer | None:
+    """Return the server optimiser of a recipe, None where the mean itself is the next adapter."""
+    name = config.strategy.server_optimizer
+    if name == "none":
+        return None
+    options: dict[str, float | str] = {}
+    if config.strategy.server_lr:
+        options["lr"] = config.strategy.server_lr
+    if name == "fedhyper":
+        options = {"form": config.strategy.server_form}
+    return OPTIMIZERS[name](**options)
+
+
+def require_compatible(config: Config) -> None:
+    """Refuse combinations of adapter, rule, server optimiser and codec that cannot hold.
+
+    Raises
+    ------
+    ConfigError
+        Naming the settings and the reason.
+    """
+    about, adapter, strategy = RULES[config.strategy.name].about, config.adapter, config.strategy
+    if about.adapters and adapter.method not in about.adapters:
+        raise ConfigError(
+            f"strategy.name={strategy.name} is defined for adapter.method={' or '.join(about.adapters)}, "
+            f"not {adapter.method}."
+        )
+    if set(site_ranks(config)) != {adapter.rank} and not about.unequal_ranks:
+        able = ", ".join(name for name, rule in RULES.items() if rule.about.unequal_ranks)
+        raise ConfigError(
+            f"adapter.site_ranks: strategy.name={strategy.name} needs one rank at all sites; {able} do not."
+        )
+    ambiguous = bool(METHODS[adapter.method].branches) and strategy.name in ("average", "fedit", "fedrot")
+    if strategy.server_optimizer != "none" and (ambiguous or not about.mean):
+        raise ConfigError(
+            f"strategy.server_optimizer={strategy.server_optimizer}: momentum on A and B apart is not "
+            "well-defined, since (B G, G^-1 A) is the same update; use it with fed-sb, ravan, ffa, rolora or "
+            "fedsa."
+        )
+    if strategy.server_lr and strategy.server_optimizer in ("none", "fedhyper"):
+        raise ConfigError(
+            f"strategy.server_lr: strategy.server_optimizer={strategy.server_optimizer} has no learning rate."
+        )
+    if "topk" in config.wire.codec and not (about.mean or strategy.name == "fedit"):
+        raise ConfigError(
+            f"wire.codec={config.wire.codec}: strategy.name={strategy.name} multiplies what the sites send, "
+            "and factors with holes are no approximation of a product; use int8 or bfloat16."
+        )
+    if config.train.fedhyper != "none" and not (about.mean or strategy.name == "fedit"):
+        raise ConfigError(
+            f"train.fedhyper: strategy.name={strategy.name} gives sites coordinates of another meaning every "
+            "round, so the federation's last change says nothing about the next."
+        )
+    if config.privacy.enabled and not METHODS[adapter.method].private:
+        able = ", ".join(name for name, method in METHODS.items() if method.private)
+        raise ConfigError(
+            f"adapter.method={adapter.method} has no per-example gradients, so it cannot train privately; "
+            f"{able} can."
+        )
+
+
+__all__ = [
+    "OPTIMIZERS",
+    "RULES",
+    "Declaration",
+    "Mean",
+    "Outcome",
+    "RoundPlan",
+    "Rule",
+    "ServerOptimizer",
+    "Update",
+    "make_optimizer",
+    "make_rule",
+    "require_compatible",
+    "weighted_mean",
+]

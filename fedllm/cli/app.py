@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedllm.cli import data, models, recipes, runs
+from fedllm.cli import compare, data, models, recipes, runs
 from fedllm.errors import FedllmError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("run")(runs.run)
+app.command("compare")(compare.compare)
 app.command("check")(recipes.check)
 app.command("ls")(recipes.list_recipes)
 app.command("cp")(recipes.copy)
@@ -28,6 +29,7 @@ app.command("settings")(recipes.settings)
 app.command("show")(runs.show)
 app.command("report")(runs.report)
 app.command("generate")(runs.generate)
+app.command("export")(runs.export)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
 

@@ -40,8 +40,10 @@ def run(
 ) -> None:
     """Run a recipe with simulated sites on this machine."""
     values, folder, config = _settings(find_recipe(recipe), overrides or [])
+    from fedllm.federation.plan import check_recipe
     from fedllm.models.load import load_config
 
+    check_recipe(config)
     load_config(config.model)
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
     try:
@@ -169,6 +171,7 @@ def _print_result(folder: Path) -> None:
 
 
 Folder = Annotated[Path, typer.Argument(help="A run folder.")]
+Site = Annotated[str, typer.Option(help="The simulated site whose personal adapter is meant (fedsa, local).")]
 
 
 def show(runs: Annotated[list[Path], typer.Argument(help="Run folders, side by side.")]) -> None:
@@ -191,14 +194,26 @@ def report(run: Folder) -> None:
     print(write_report(folder))
 
 
+def export(
+    run: Folder,
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    site: Site = "",
+) -> None:
+    """Write a run's adapter as a PEFT folder that PeftModel.from_pretrained loads."""
+    from fedllm.federation.generate import export_adapter
+
+    print(export_adapter(run, target, site=site))
+
+
 def generate(
     run: Folder,
     prompt: Annotated[str, typer.Argument(help="What to ask; the recipe's instruction goes before it.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    site: Site = "",
 ) -> None:
     """Ask the tuned model and the untuned base the same thing."""
     from fedllm.federation.generate import answer
 
-    base, tuned = answer(run, prompt, max_new_tokens=max_new_tokens)
+    base, tuned = answer(run, prompt, max_new_tokens=max_new_tokens, site=site)
     console.print("base:  ", base, markup=False)
     console.print("tuned: ", tuned, markup=False)

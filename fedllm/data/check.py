@@ -75,17 +75,21 @@ def check_file(
     """
     table = read_table(Path(path).expanduser(), column_roles(data))
     values = table.values
-    pairs = list(zip(values["text"], (label.strip() for label in values["label"]), strict=True))
-    filled = [pair for pair in pairs if pair[0].strip() and pair[1]]
+    second = values.get("pair", [""] * len(values["text"]))
+    examples = [
+        Example(text, label.strip(), "", pair)
+        for text, label, pair in zip(values["text"], values["label"], second, strict=True)
+    ]
+    filled = [example for example in examples if example.text.strip() and example.label]
     labels_of = defaultdict(set)
-    for text, label in filled:
-        labels_of[text].add(label)
+    for example in filled:
+        labels_of[example.text, example.pair].add(example.label)
     sites = Counter(values["site"]) if "site" in values else None
     owners = Counter(values["unit"]) if "unit" in values else None
     report = FileReport(
-        rows=len(pairs),
+        rows=len(examples),
         columns=table.columns,
-        labels=dict(Counter(label for _, label in filled).most_common()),
+        labels=dict(Counter(example.label for example in filled).most_common()),
         duplicates=len(filled) - len(set(filled)),
         conflicting=sum(len(labels) > 1 for labels in labels_of.values()),
         empty=sum(not all(value.strip() for value in row) for row in zip(*values.values(), strict=True)),
@@ -98,7 +102,7 @@ def check_file(
 
 
 def _truncated(
-    filled: list[tuple[str, str]],
+    filled: list[Example],
     data: DataSettings,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
@@ -109,7 +113,7 @@ def _truncated(
         tokenizer, instruction=default_instruction(data), prompt=data.prompt, max_length=max_length
     )
     sample = filled[:: -(-len(filled) // _MEASURED)]
-    return sum(encoder.encode(Example(text, label, "")).truncated for text, label in sample) / len(sample)
+    return sum(encoder.encode(example).truncated for example in sample) / len(sample)
 
 
 def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,11 +27,14 @@ class Encoded:
         The answer and the token that ends it.
     truncated : bool
         Whether the record's text lost its end.
+    segments : tuple[int, ...]
+        Which of two texts each token belongs to, where an encoder asks for it.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     truncated: bool
+    segments: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,11 +90,11 @@ class PromptEncoder:
         self._prompt = prompt
         self._max_length = max_length
         self._system_role = tokenizer.chat_template is not None and _has_system_role(tokenizer)
-        self._fixed = len(self.prompt_ids(""))
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Return the tokens of the whole prompt of a text, however long."""
-        user = self._prompt.replace("{text}", text)
+    def prompt_ids(self, text: str, pair: str = "") -> list[int]:
+        """Return the tokens of the whole prompt of a record's texts, however long."""
+        texts = {"{text}": text, "{pair}": pair}
+        user = re.sub(r"\{text\}|\{pair\}", lambda found: texts[found[0]], self._prompt)
         if not self._system_role and self._instruction:
             user = f"{self._instruction}\n{user}"
         if self._tokenizer.chat_template is None:
@@ -110,37 +114,100 @@ class PromptEncoder:
     def encode(self, example: Example) -> Encoded:
         """Return a record's tokens, at most ``max_length`` of them.
 
-        Only the record's text is cut, at its end; template and answer stay whole.
+        Only the record's first text is cut, at its end; template, second text and answer stay whole.
 
         Raises
         ------
         DataError
-            If template and answer alone are too long.
+            If those alone are too long.
         """
         answer = self.answer_ids(example.label)
         room = self._max_length - len(answer)
-        if self._fixed > room:
-            raise DataError(
-                f"an answer of {len(answer)} tokens and {self._fixed} of instruction and template do not "
-                f"fit in train.max_length={self._max_length}; raise it."
-            )
-        prompt = self.prompt_ids(example.text)
+        prompt = self.prompt_ids(example.text, example.pair)
         if len(prompt) <= room:
             return Encoded(tuple(prompt), answer, truncated=False)
-        return Encoded(tuple(self._cut_prompt(example.text, room)), answer, truncated=True)
+        fixed = len(self.prompt_ids("", example.pair))
+        if fixed > room:
+            raise DataError(
+                f"an answer of {len(answer)} tokens and {fixed} of instruction, template and second text do "
+                f"not fit in train.max_length={self._max_length}; raise it."
+            )
+        return Encoded(tuple(self._cut_prompt(example, room, fixed)), answer, truncated=True)
 
-    def _cut_prompt(self, text: str, room: int) -> list[int]:
+    def _cut_prompt(self, example: Example, room: int, fixed: int) -> list[int]:
         """Return the prompt of the longest prefix of whole tokens that fits."""
+        text = example.text
         spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
         places = self._prompt.count("{text}")
-        keep = min(len(spans), (room - self._fixed) // places)
+        keep = min(len(spans), (room - fixed) // places)
         while keep > 0:
-            prompt = self.prompt_ids(text[: spans[keep - 1][1]])
+            prompt = self.prompt_ids(text[: spans[keep - 1][1]], example.pair)
             if len(prompt) <= room:
                 return prompt
             # tokens at the cut or next to the template came out differently than inside the text
             keep -= -(-(len(prompt) - room) // places)
-        return self.prompt_ids("")
+        return self.prompt_ids("", example.pair)
+
+
+class ClassEncoder:
+    """Turns texts, or pairs of them, into an encoder's tokens and the label into its row.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The encoder's tokenizer.
+    labels : Sequence[str]
+        The head's rows, in order.
+    max_length : int
+        Most tokens of a record; the longer text is cut first.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, labels: Sequence[str], max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._rows = {label: row for row, label in enumerate(labels)}
+        self._max_length = max_length
+
+    def encode(self, example: Example) -> Encoded:
+        """Return a record's tokens; its answer is the row of its label."""
+        texts = (example.text, example.pair) if example.pair else (example.text,)
+        found = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
+        cut = len(found.input_ids) == self._max_length < len(self._tokenizer(*texts).input_ids)
+        segments = found.get("token_type_ids", ())
+        return Encoded(
+            tuple(found.input_ids), (self._rows[example.label],), truncated=cut, segments=tuple(segments)
+        )
+
+
+@dataclass(frozen=True)
+class ClassBatch:
+    """An encoder's padded records.
+
+    Attributes
+    ----------
+    inputs : dict[str, Tensor]
+        ``input_ids``, ``attention_mask`` and, where the encoder has them, ``token_type_ids``; (B, T).
+    rows : Tensor
+        The head's row of each record's label, shape (B,).
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+
+
+def collate_classes(batch: Sequence[Encoded], pad_id: int) -> ClassBatch:
+    """Pad an encoder's records to one length, on the right."""
+    width = max(len(record.prompt) for record in batch)
+
+    def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+    inputs = {
+        "input_ids": padded([record.prompt for record in batch], pad_id),
+        "attention_mask": padded([[1] * len(record.prompt) for record in batch], 0),
+    }
+    if batch[0].segments:
+        inputs["token_type_ids"] = padded([record.segments for record in batch], 0)
+    return ClassBatch(inputs, torch.tensor([record.answer[0] for record in batch]))
 
 
 def collate(batch: Sequence[Encoded], pad_id: int) -> Batch:

@@ -13,11 +13,14 @@ class Example:
     ----------
     unit : str
         The privacy unit (``data.unit``), such as a patient; empty when the unit is the record.
+    pair : str
+        The second text (``data.pair``), such as a hypothesis or a context; may be empty.
     """
 
     text: str
     label: str
     unit: str
+    pair: str = ""
 
 
 def normalised(text: str) -> str:

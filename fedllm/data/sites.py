@@ -79,7 +79,9 @@ def site_names(data: DataSettings, *, sites: int) -> tuple[str, ...]:
     return names
 
 
-def simulated_site(data: DataSettings, *, sites: int, seed: int, index: int, fold: str = "test") -> SiteData:
+def simulated_site(
+    data: DataSettings, *, sites: int, seed: int, index: int, fold: str = "test", pooled: bool = False
+) -> SiteData:
     """Return the share of one simulated site.
 
     Parameters
@@ -88,6 +90,9 @@ def simulated_site(data: DataSettings, *, sites: int, seed: int, index: int, fol
         Which of the ``sites`` sites, from 0.
     fold : str
         ``test`` or ``validation``: the half of the held-out records to return.
+    pooled : bool
+        Train on the training records of all sites (the central baseline); held-out records stay the
+        site's own.
 
     Raises
     ------
@@ -99,6 +104,9 @@ def simulated_site(data: DataSettings, *, sites: int, seed: int, index: int, fol
     name = site_names(data, sites=sites)[index]
     examples = _examples(_partition(data, sites, seed, file_stamp(data))[index])
     train, heldout = split(examples, by_unit=bool(data.unit), share=data.heldout, seed=seed)
+    if pooled:
+        everything = _examples(load_records(data))
+        train, _ = split(everything, by_unit=bool(data.unit), share=data.heldout, seed=seed)
     labels = label_names(data, load_records(data)) if data.task == "classify" else ()
     return _site_data(data, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
 
@@ -182,7 +190,7 @@ def _site_data(
             "set apart. Give it more records, lower data.heldout, or use fewer sites."
         )
     owners = Counter(example.unit for example in kept)
-    rows = sorted(json.dumps([example.text, example.label, example.unit]) for example in kept)
+    rows = sorted(json.dumps([*_contents(example), example.unit]) for example in kept)
     return SiteData(
         name=name,
         train=kept,
@@ -240,8 +248,9 @@ def _partition(
 
 def _examples(records: datasets.Dataset) -> list[Example]:
     columns = records[:]
-    units = columns.get("unit", [""] * records.num_rows)
-    return [Example(*row) for row in zip(columns["text"], columns["label"], units, strict=True)]
+    none = [""] * records.num_rows
+    units, pairs = columns.get("unit", none), columns.get("pair", none)
+    return [Example(*row) for row in zip(columns["text"], columns["label"], units, pairs, strict=True)]
 
 
 def _group(example: Example, *, by_unit: bool) -> str:
@@ -255,15 +264,20 @@ def _without(examples: Sequence[Example], others: Iterable[Example]) -> list[Exa
 
 
 def _distinct(examples: Iterable[Example], *, seed: int) -> tuple[Example, ...]:
-    """Keep one of the records with the same text and label, in an order that contents decide.
+    """Keep one of the records with the same texts and label, in an order that contents decide.
 
     A text with two labels stays with both: were one dropped, a private record could replace
     another instead of just being there or not.
     """
-    kept: dict[tuple[str, str], Example] = {}
+    kept: dict[tuple[str, ...], Example] = {}
     for example in sorted(examples, key=lambda example: example.unit):
-        kept.setdefault((example.text, example.label), example)
-    return tuple(sorted(kept.values(), key=lambda item: _digest("order", seed, item.text, item.label)))
+        kept.setdefault(_contents(example), example)
+    return tuple(sorted(kept.values(), key=lambda item: _digest("order", seed, *_contents(item))))
+
+
+def _contents(example: Example) -> tuple[str, ...]:
+    pair = (example.pair,) if example.pair else ()
+    return (example.text, example.label, *pair)
 
 
 def _digest(*parts: object) -> bytes:

@@ -31,7 +31,8 @@ def load_records(data: DataSettings) -> datasets.Dataset:
     Returns
     -------
     datasets.Dataset
-        String columns ``text`` and ``label``; ``site`` and ``unit`` where the settings name them.
+        String columns ``text`` and ``label``; ``pair``, ``site`` and ``unit`` where the settings name
+        them.
 
     Raises
     ------
@@ -51,9 +52,10 @@ def file_stamp(data: DataSettings) -> tuple[int, int]:
     return (path.stat().st_mtime_ns, path.stat().st_size)
 
 
-def label_names(data: DataSettings, records: datasets.Dataset) -> tuple[str, ...]:
+def label_names(data: DataSettings, records: datasets.Dataset | None) -> tuple[str, ...]:
     """Return the labels in the order of ``data.labels``, or those of the records, sorted."""
-    return _listed_labels(data) or tuple(sorted(records.unique("label")))
+    listed = _listed_labels(data)
+    return listed if records is None or listed else tuple(sorted(records.unique("label")))
 
 
 def default_instruction(data: DataSettings) -> str:
@@ -63,7 +65,13 @@ def default_instruction(data: DataSettings) -> str:
 
 def column_roles(data: DataSettings) -> dict[str, str]:
     """Return role -> column name, for the columns the settings name."""
-    roles = {"text": data.text, "label": data.label, "site": data.site, "unit": data.unit}
+    roles = {
+        "text": data.text,
+        "pair": data.pair,
+        "label": data.label,
+        "site": data.site,
+        "unit": data.unit,
+    }
     return {role: name for role, name in roles.items() if name}
 
 
@@ -96,8 +104,9 @@ def _load(data: DataSettings, stamp: tuple[int, int]) -> datasets.Dataset:
 def _terminology(data: DataSettings) -> Columns:
     """Return the columns of icd10 or mcc."""
     known = {"icd10": "", "mcc": "mcc"}[data.source]
-    if data.site:
-        raise ConfigError(f"data.site={data.site}: data.source={data.source} has no column of sites.")
+    for key, name in (("site", data.site), ("pair", data.pair)):
+        if name:
+            raise ConfigError(f"data.{key}={name}: data.source={data.source} has no such column.")
     if data.unit and data.unit != known:
         hint = f" but '{known}'" if known else ""
         raise ConfigError(f"data.unit={data.unit}: data.source={data.source} has no column of units{hint}.")

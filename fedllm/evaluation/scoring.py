@@ -20,6 +20,7 @@ def label_log_likelihoods(
     labels: Sequence[Sequence[int]],
     *,
     pad_id: int,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """Return log p(label tokens | prompt), shape (prompts, labels), float32.
 
@@ -31,6 +32,8 @@ def label_log_likelihoods(
         Lengths may differ; none is empty.
     labels : sequence of token sequences
         Each ends with the token that ends an answer.
+    prefix : Tensor or None
+        Embeddings that stand before every prompt, shape (tokens, width).
     """
     width = max(len(prompt) for prompt in prompts)
     flat = [token for label in labels for token in label]
@@ -50,14 +53,22 @@ def label_log_likelihoods(
     # padding attends to itself: a row without any visible key would be NaN
     visible |= torch.eye(ids.shape[1], dtype=torch.bool)
     device = model.device
-    mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)
     with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids.to(device))
+        tokens = 0 if prefix is None else len(prefix)
+        if prefix is not None:
+            before = prefix.to(embedded.dtype).expand(len(prompts), -1, -1)
+            embedded = torch.cat([before, embedded], dim=1)
+            visible = _behind(visible, tokens)
+            positions = torch.cat([torch.arange(tokens).expand(len(prompts), -1), positions + tokens], dim=1)
+        lowest = torch.finfo(model.dtype).min
+        mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, lowest)
         hidden = model.get_decoder()(
-            input_ids=ids.to(device),
+            inputs_embeds=embedded,
             attention_mask=mask.to(device),
             position_ids=positions.to(device),
             use_cache=False,
-        ).last_hidden_state
+        ).last_hidden_state[:, tokens:]
         ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
         sources, targets, owner = _sources(labels, width)
         rows = torch.arange(len(prompts))
@@ -65,6 +76,15 @@ def label_log_likelihoods(
         logits = model.get_output_embeddings()(hidden[rows[:, None], index])
         chosen = torch.log_softmax(logits.float(), dim=-1)[:, torch.arange(len(targets)), targets]
     return torch.zeros(len(prompts), len(labels)).index_add_(1, owner, chosen.cpu())
+
+
+def _behind(visible: Tensor, tokens: int) -> Tensor:
+    """Return a mask with causal tokens put before everything, which all the rest sees."""
+    rows, _, size, _ = visible.shape
+    whole = torch.zeros((rows, 1, tokens + size, tokens + size), dtype=torch.bool)
+    whole[:, :, :, :tokens] = torch.ones(tokens + size, tokens).tril().bool()
+    whole[:, :, tokens:, tokens:] = visible
+    return whole
 
 
 def _block_mask(sizes: Sequence[int]) -> Tensor:

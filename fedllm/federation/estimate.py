@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedllm.adapters import METHODS
-from fedllm.config import Config
+from fedllm.adapters.state import AdapterState
+from fedllm.aggregation import Rule, make_rule
+from fedllm.config import Config, site_ranks
 from fedllm.data.sites import simulated_site, site_names
-from fedllm.federation.records import pack, wire_size
+from fedllm.federation.local import shared_names, sketch_layout
+from fedllm.federation.plan import check_recipe
+from fedllm.federation.records import ADAPTER, Note, pack, wire_size
+from fedllm.models.dtype import base_dtype
 from fedllm.models.load import load_config
 from fedllm.models.shapes import count_parameters
 from fedllm.privacy.accounting import epsilon
 from fedllm.privacy.plan import PrivacyPlan, make_plan
-from fedllm.training.spec import adapter_spec
+from fedllm.training.spec import adapter_spec, basis_seed
 from fedllm.wire import encode
 
 _BYTES_A_WEIGHT = {"4bit": 0.6, "8bit": 1.1}
@@ -35,7 +42,7 @@ class Estimate:
     Attributes
     ----------
     bytes_up, bytes_down : int
-        Serialised bytes of one site in one round.
+        Serialised bytes of one site of full rank in one round after the first, in the mean of two.
     one_off : int
         Bytes one site gets once (names and shapes, a shipped basis).
     memory_mib : int
@@ -61,11 +68,12 @@ def estimate(config: Config) -> Estimate:
     FedllmError
         If the recipe's model, data or privacy settings cannot be used.
     """
+    check_recipe(config)
     spec = adapter_spec(config)
-    state = METHODS[spec.method].initial_state(spec, seed="0")
-    payload = encode(state, codec=config.wire.codec)
-    up = wire_size(pack({"site": "site-0", "weights": "0" * 16, "loss": 0.0, "accuracy": 0.0}, payload))
-    down = wire_size(pack({"config": str(config.changed()), "run": "0" * 12, "basis": spec.basis}, payload))
+    rule, seed = make_rule(config), basis_seed(config)
+    state = METHODS[spec.method].initial_state(spec, seed=seed)
+    # the second and third round: what is kept from before is not sent again, and factors alternate
+    rounds = [_round(config, rule, state, round) for round in (2, 3)]
     one_off = wire_size(pack({"spec": spec.to_json()}))
     if spec.basis == "shipped:":
         one_off += 4 * spec.rank * sum(out + into for out, into in spec.shapes.values())
@@ -76,12 +84,42 @@ def estimate(config: Config) -> Estimate:
     return Estimate(
         modules=len(spec.shapes),
         trained=state.size,
-        bytes_up=up,
-        bytes_down=down,
+        bytes_up=sum(up for up, _ in rounds) // len(rounds),
+        bytes_down=sum(down for _, down in rounds) // len(rounds),
         one_off=one_off,
         memory_mib=_memory(config, state.size),
         sites=sites,
     )
+
+
+def _round(config: Config, rule: Rule, state: AdapterState, round: int) -> tuple[int, int]:
+    """Return the serialised bytes a site of full rank sends and gets in one round."""
+    spec, plan = state.spec, rule.plan(state.spec, round)
+    notes: dict[str, Note] = {"site": "site-0", "weights": "0" * 16, "loss": 0.0, "accuracy": 0.0}
+    sent = state.only(plan.send)
+    if plan.sketch:
+        layouts = [sketch_layout(config, spec, name) for name in "YZ"]
+        sent = AdapterState(spec, {k: np.zeros(v, np.float32) for part in layouts for k, v in part.items()})
+    up = wire_size(pack(notes, {ADAPTER: encode(sent, codec=config.wire.codec)} if plan.send else {}))
+    names = shared_names(plan, spec)
+    if plan.resting(spec) and not plan.restart:
+        # what the last round left as it was is kept at the site
+        names = tuple(name for name in names if name in rule.changes(spec, round - 1))
+    payload = encode(state.only(names), codec=config.wire.codec_down) if names else b""
+    described: dict[str, Note] = {
+        "config": str(config.changed()),
+        "run": "0" * 12,
+        "basis": spec.basis,
+        "round": round,
+    }
+    down = wire_size(pack(described, {ADAPTER: payload}))
+    ranks = site_ranks(config)
+    folded = rule.folded_rank([ranks[index % len(ranks)] for index in range(config.federation.sites)])
+    down += 4 * folded * sum(out + into for out, into in spec.shapes.values())
+    if plan.sketch:
+        basis = {k: np.zeros(v, np.float32) for k, v in sketch_layout(config, spec, "Q").items()}
+        down += wire_size(pack({}, {ADAPTER: encode(AdapterState(spec, basis), codec="float32")}))
+    return up, down
 
 
 def _site(config: Config, name: str, index: int) -> SiteEstimate:
@@ -102,10 +140,10 @@ def _site(config: Config, name: str, index: int) -> SiteEstimate:
 def _memory(config: Config, trained: int) -> int:
     whole = load_config(config.model)
     model = whole.get_text_config()
-    size = _BYTES_A_WEIGHT.get(config.model.quantization, 2.0 if config.model.dtype == "bfloat16" else 4.0)
+    size = _BYTES_A_WEIGHT.get(config.model.quantization, float(base_dtype(config.model).itemsize))
     tokens = config.train.micro_batch * config.train.max_length
     # about 34 values of the hidden size a token and layer stay for the backward pass
     activations = 34 * tokens * model.hidden_size * model.num_hidden_layers * min(size, 4.0)
     per_example = 4 * trained * (config.train.micro_batch if config.privacy.enabled else 1)
-    fixed = count_parameters(whole) * size + 16 * trained + 600 * 2**20
+    fixed = count_parameters(whole, config.model.kind) * size + 16 * trained + 600 * 2**20
     return round(float(fixed + per_example + activations) / 2**20)

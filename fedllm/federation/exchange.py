@@ -10,7 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedllm.errors import FedllmError, WireError
-from fedllm.federation.records import Note, text, unpack, wire_size
+from fedllm.federation.records import Notes, Parts, text, unpack, wire_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,14 @@ class Peer:
         Flower's node id.
     index : int
         Which simulated site the node plays in a message; a real site ignores it.
+    rank : int
+        Adapter rank the site trains; 0 until it has joined.
     """
 
     name: str
     node: int
     index: int
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +44,8 @@ class Reply:
     """
 
     peer: Peer
-    notes: dict[str, Note]
-    payload: bytes | None
+    notes: Notes
+    parts: Parts
     reason: str
     bytes_down: int
     bytes_up: int
@@ -97,8 +100,9 @@ def exchange(
 
 
 def _reply(peer: Peer, found: tuple[Message, float] | None, *, bytes_down: int, deadline: float) -> Reply:
-    notes: dict[str, Note] = {}
-    payload, reason, size, seconds = None, "", 0, deadline
+    notes: Notes = {}
+    parts: Parts = {}
+    reason, size, seconds = "", 0, deadline
     if found is None:
         reason = f"no reply within {deadline:g} s"
     else:
@@ -108,14 +112,14 @@ def _reply(peer: Peer, found: tuple[Message, float] | None, *, bytes_down: int, 
         else:
             size = wire_size(message.content)
             try:
-                notes, payload = unpack(message.content)
+                notes, parts = unpack(message.content)
                 reason = text(notes, "error")
             except (FedllmError, ValueError) as error:
                 reason = str(error) if isinstance(error, WireError) else "unreadable reply"
     return Reply(
         peer=peer,
         notes=notes,
-        payload=payload,
+        parts=parts,
         reason=reason,
         bytes_down=bytes_down,
         bytes_up=size,

@@ -1,24 +1,61 @@
-"""Try a finished run's adapter beside its untuned base."""
+"""Use a finished run's adapter: write it as PEFT knows it, and try it beside its untuned base."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
 
+from fedllm.adapters.export import WEIGHTS_FILE, load_state, save_with_base
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.sources import default_instruction
-from fedllm.errors import RunError
+from fedllm.errors import ConfigError, RunError
 from fedllm.models.load import load_base, load_tokenizer
-from fedllm.runs.folder import load_config, open_run
+from fedllm.runs.folder import RunFolder, load_config, open_run
 
 
-def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> tuple[str, str]:
+def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
+    """Write a finished run's adapter as a PEFT folder; Hydra's and DoRA's read the base for it.
+
+    Parameters
+    ----------
+    site : str
+        A simulated site whose personal adapter is meant (fedsa, local).
+
+    Raises
+    ------
+    RunError
+        If the run has no such adapter, or the target exists.
+    ModelError
+        If the base is needed and cannot be loaded.
+    """
+    run = open_run(folder)
+    config, source = load_config(run), _adapter_dir(run, site)
+    if target.exists() and any(target.iterdir()):
+        raise RunError(f"{target}: exists already; choose another folder.")
+    if (source / WEIGHTS_FILE).is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        for file in source.iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+        return target
+    state, _ = load_state(source)
+    if state.spec.method not in ("hydra", "dora"):
+        raise RunError(f"{run.path}: every site has an adapter of its own; name one with --site.")
+    labels = max((out for out, _ in state.spec.head.values()), default=0)
+    base = load_base(config.model, labels=labels)
+    save_with_base(state, base, target, base_model=config.model.name)
+    return target
+
+
+def answer(folder: Path, prompt: str, *, max_new_tokens: int, site: str = "") -> tuple[str, str]:
     """Return the base's and the tuned model's greedy answers to a prompt.
 
     Raises
     ------
+    ConfigError
+        If the run's model is an encoder, which writes nothing.
     RunError
         If the run has no finished adapter.
     ModelError
@@ -26,8 +63,8 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> tuple[str, str]
     """
     run = open_run(folder)
     config = load_config(run)
-    if not (run.adapter_dir / "adapter_model.safetensors").is_file():
-        raise RunError(f"{run.path}: no finished adapter yet; go on with run.resume={run.path}")
+    if config.model.kind == "encoder":
+        raise ConfigError(f"{run.path}: its model is an encoder; it classifies and writes no text.")
     tokenizer = load_tokenizer(config.model)
     encoder = PromptEncoder(
         tokenizer,
@@ -36,7 +73,9 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> tuple[str, str]
         max_length=config.train.max_length,
     )
     ids = torch.tensor([encoder.prompt_ids(prompt)])
-    model = PeftModel.from_pretrained(load_base(config.model), run.adapter_dir).eval()
+    with TemporaryDirectory() as scratch:
+        adapter = export_adapter(folder, Path(scratch) / "adapter", site=site)
+        model = PeftModel.from_pretrained(load_base(config.model), adapter).eval()
 
     def continuation() -> str:
         with torch.no_grad():
@@ -52,3 +91,15 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int) -> tuple[str, str]
     tuned = continuation()
     with model.disable_adapter():
         return continuation(), tuned
+
+
+def _adapter_dir(run: RunFolder, site: str) -> Path:
+    source = run.site_dir(site) / "adapter" if site else run.adapter_dir
+    if not source.is_dir():
+        what = (
+            f"no adapter of site '{site}'"
+            if site
+            else f"no finished adapter yet; go on with run.resume={run.path}"
+        )
+        raise RunError(f"{run.path}: {what}")
+    return source

@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from flwr.serverapp import Grid
 from safetensors.numpy import save_file
 
-from fedllm.adapters.export import save_peft_adapter
+from fedllm.adapters import METHODS
+from fedllm.adapters.export import save_peft_adapter, save_state
 from fedllm.adapters.state import AdapterState
-from fedllm.errors import FedllmError, RunError
+from fedllm.aggregation import Outcome, RoundPlan, Update
+from fedllm.aggregation.diagnostics import diagnose
+from fedllm.aggregation.rule import branches_of, product_of, start_for, trained_names
+from fedllm.errors import FedllmError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
-from fedllm.federation.records import number, pack, text
-from fedllm.federation.run import BASIS_FILE, ServerRun, gather_sites, greet, ship_basis
+from fedllm.federation.local import restart_state
+from fedllm.federation.outgoing import read_update
+from fedllm.federation.records import ADAPTER, number, pack, text, texts
+from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
+from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
 from fedllm.runs.events import append_event
 from fedllm.runs.metrics import write_metrics
-from fedllm.wire import decode
 
-
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """A valid reply of one site.
-
-    Attributes
-    ----------
-    examples : float or None
-        The site's number of training records; None in private runs, where it stays home.
-    """
-
-    site: str
-    state: AdapterState
-    examples: float | None
+MEASURED = ("loss", "accuracy", "macro_f1", "epsilon")
 
 
 class Aggregator(Protocol):
     """What the loop asks of a strategy."""
 
-    def aggregate(self, current: AdapterState, updates: Sequence[Update]) -> AdapterState:
-        """Return the next adapter from this round's updates, sorted by site name."""
+    def aggregate(self, current: AdapterState, updates: Iterable[Update], *, round: int) -> Outcome:
+        """Return a round's outcome from its updates, in the order of site names."""
 
 
 def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
@@ -60,120 +54,240 @@ def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
         ship_basis(run, grid)
         _one_round(run, grid, strategy, round)
     _final_evaluation(run, grid)
-    if run.basis is not None:
-        save_peft_adapter(
-            run.state, run.basis, run.folder.adapter_dir, base_model=run.config.model.name, seed=run.seed
+    _export(run)
+
+
+@dataclass
+class Intake:
+    """Turns replies into updates, one at a time and in the order of site names.
+
+    Attributes
+    ----------
+    refusals : dict[str, str]
+        Site -> why its reply was set aside.
+    accepted : int
+        Valid replies so far.
+    """
+
+    run: ServerRun
+    round: int
+    read: Callable[[Reply], AdapterState]
+    refusals: dict[str, str] = field(default_factory=dict)
+    accepted: int = 0
+
+    def updates(self, replies: list[Reply]) -> Iterator[Update]:
+        """Yield the valid updates; each reply becomes an event, and its payload is let go."""
+        replies.sort(key=lambda reply: reply.peer.name, reverse=True)
+        while replies:
+            reply = replies.pop()
+            update = self._check(reply)
+            if update is not None:
+                self.accepted += 1
+                yield update
+
+    def require_quorum(self) -> None:
+        """Refuse a round with fewer valid replies than needed.
+
+        Raises
+        ------
+        RunError
+            With each refusal's reason.
+        """
+        if self.accepted < self.run.quorum:
+            reasons = "; ".join(sorted({reason.rstrip(".") for reason in self.refusals.values()}))
+            raise RunError(
+                f"round {self.round}: {self.accepted} of {self.accepted + len(self.refusals)} replies were "
+                f"valid, {self.run.quorum} are needed: {reasons}"
+            )
+
+    def _check(self, reply: Reply) -> Update | None:
+        reason, update = reply.reason, None
+        released: dict[str, float | None] = dict.fromkeys(MEASURED)
+        try:
+            if not reason:
+                update = self._update(reply)
+                released = {name: number(reply.notes, name) for name in MEASURED}
+        except FedllmError as error:
+            reason, update = str(error), None
+        if reason and "shipped basis" in reason:
+            self.run.holders.discard(reply.peer.name)
+        if reason and "kept payload" in reason:
+            self.run.kept.pop(reply.peer.name, None)
+        append_event(
+            self.run.folder,
+            "site_reply",
+            round=self.round,
+            site=reply.peer.name,
+            accepted=update is not None,
+            reason=reason,
+            bytes_up=reply.bytes_up,
+            bytes_down=reply.bytes_down,
+            seconds=reply.seconds,
+            **released,
         )
-        if run.spec.basis.startswith("shipped:"):
-            save_file(run.basis.tensors, run.folder.adapter_dir / BASIS_FILE)
+        if update is None:
+            self.refusals[reply.peer.name] = reason
+        return update
+
+    def _update(self, reply: Reply) -> Update:
+        run, peer = self.run, reply.peer
+        if text(reply.notes, "site") != peer.name:
+            raise RunError(f"site {peer.name}: the reply carries another site's name.")
+        weights = text(reply.notes, "weights", limit=64)
+        run.weights = run.weights or weights
+        if weights != run.weights:
+            raise RunError(
+                f"site {peer.name}: its base weights ({weights}) are not those of the others ({run.weights})."
+            )
+        weight = 1.0
+        if run.config.strategy.weighting == "examples":
+            examples = number(reply.notes, "examples")
+            if not examples or examples < 1:
+                raise RunError(f"site {peer.name}: sent no number of examples.")
+            weight = examples
+        return Update(site=peer.name, state=self.read(reply), weight=weight)
 
 
 def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> None:
     start = time.monotonic()
-    peers = [run.peers[name] for name in sorted(run.peers)]
+    everyone = [run.peers[name] for name in sorted(run.peers)]
+    # the central baseline trains once, on the pooled records
+    peers = everyone[:1] if run.config.federation.mode == "central" else everyone
     append_event(run.folder, "round_started", round=round, sites=[peer.name for peer in peers])
-    payload = run.payload()
     every = run.config.evaluation.every
     due = every > 0 and (round - 1) % every == 0
-    contents = [(peer, pack(run.notes(peer, round=round, evaluate=due), payload)) for peer in peers]
+    messages = run.messages(peers, round, evaluate=due)
     replies = exchange(
-        grid, contents, kind="train", group=str(round), deadline=run.config.federation.deadline
+        grid,
+        [(peer, pack(notes, parts)) for peer, notes, parts in messages],
+        kind="train",
+        group=str(round),
+        deadline=run.config.federation.deadline,
     )
-    updates, refusals = [], {}
-    for reply in replies:
-        update = _accept(run, reply, round)
-        if isinstance(update, Update):
-            updates.append(update)
-        else:
-            refusals[reply.peer.name] = update
-    if len(updates) < run.quorum:
-        reasons = "; ".join(sorted({reason.rstrip(".") for reason in refusals.values()}))
-        raise RunError(
-            f"round {round}: {len(updates)} of {len(peers)} replies were valid, {run.quorum} are needed: "
-            f"{reasons}"
-        )
-    run.state = strategy.aggregate(run.state, sorted(updates, key=lambda update: update.site))
-    checkpoint = Checkpoint(round=round, state=run.state, extra={"seed": run.seed, "weights": run.weights})
-    path = save_checkpoint(run.folder, checkpoint)
-    append_event(
-        run.folder,
-        "checkpoint_saved",
-        round=round,
-        file=path.name,
-        sha256=checkpoint_digest(checkpoint),
-    )
+    for peer, notes, parts in messages:
+        named = {*texts(notes, "folded"), *(name for name in parts if name != ADAPTER)}
+        run.kept.setdefault(peer.name, set()).update(named)
+    plan = run.plan(round)
+    if plan.sketch:
+        replies = second_stage(run, grid, replies, round)
+    sent = sum(reply.bytes_up for reply in replies), sum(reply.bytes_down for reply in replies)
+    intake = Intake(run=run, round=round, read=lambda reply: _read(run, reply, round))
+    _advance(run, _combine(run, strategy, intake, replies), plan)
+    _checkpoint(run, round)
     append_event(
         run.folder,
         "round_finished",
         round=round,
-        accepted=len(updates),
-        bytes_up=sum(reply.bytes_up for reply in replies),
-        bytes_down=sum(reply.bytes_down for reply in replies),
+        accepted=intake.accepted,
+        bytes_up=sent[0],
+        bytes_down=sent[1],
         seconds=time.monotonic() - start,
     )
     write_metrics(run.folder)
 
 
-def _accept(run: ServerRun, reply: Reply, round: int) -> Update | str:
-    """Check one reply, record it as an event, and return its update, or why it has none."""
-    reason, update, measured = (
-        reply.reason,
-        None,
-        dict.fromkeys(("loss", "accuracy", "macro_f1", "epsilon")),
-    )
-    released: dict[str, float | None] = dict(measured)
+def _combine(run: ServerRun, strategy: Aggregator, intake: Intake, replies: list[Reply]) -> Outcome:
+    """Aggregate the valid replies; without diagnostics a rule that only sums holds one at a time."""
+    stream = intake.updates(replies)
+    if run.config.strategy.diagnostics:
+        held = list(stream)
+        intake.require_quorum()
+        _diagnose(run, held, intake.round)
+        return strategy.aggregate(run.state, held, round=intake.round)
     try:
-        if not reason:
-            update = _checked(run, reply)
-            released = {name: number(reply.notes, name) for name in measured}
-    except FedllmError as error:
-        reason, update = str(error), None
-    if reason and "shipped basis" in reason:
-        run.holders.discard(reply.peer.name)
+        outcome = strategy.aggregate(run.state, stream, round=intake.round)
+    except RunError:
+        # with too few replies the rule fails first, and says less
+        intake.require_quorum()
+        raise
+    intake.require_quorum()
+    return outcome
+
+
+def _read(run: ServerRun, reply: Reply, round: int) -> AdapterState:
+    plan, peer = run.plan(round), reply.peer
+    if not plan.send:
+        return run.state.only(())
+    if plan.sketch:
+        return sketch_update(run, reply)
+    if ADAPTER not in reply.parts:
+        raise WireError(f"site {peer.name}: the reply carries no adapter.")
+    payload = reply.parts[ADAPTER]
+    return read_update(run.config, run.state, payload, rank=peer.rank, plan=plan, round=round)
+
+
+def _advance(run: ServerRun, outcome: Outcome, plan: RoundPlan) -> None:
+    """Take a round's outcome in: the server optimiser's step, and what is folded into the base."""
+    state = outcome.state
+    if run.optimizer is not None:
+        # matrices that train in turn have moments of their own
+        scope = f"{'+'.join(plan.send)}|"
+        new, moments = run.optimizer.step(
+            {key: value.astype(np.float64) for key, value in run.state.only(plan.send).tensors.items()},
+            {key: value.astype(np.float64) for key, value in state.only(plan.send).tensors.items()},
+            {key.removeprefix(scope): v for key, v in run.moments.items() if key.startswith(scope)},
+        )
+        run.moments |= {f"{scope}{key}": value for key, value in moments.items()}
+        state = state.with_tensors(
+            {**state.tensors, **{key: value.astype(np.float32) for key, value in new.items()}}
+        )
+    run.state = state
+    if outcome.folded is not None:
+        lost = run.folded.add(outcome.folded, cap=run.config.strategy.residual_cap)
+        if lost > 0:
+            append_event(
+                run.folder,
+                "warning",
+                text=f"what is folded into the base passed rank {run.config.strategy.residual_cap} and was "
+                f"recompressed; {lost:.2%} of its energy was lost (strategy.residual_cap)",
+            )
+
+
+def _diagnose(run: ServerRun, updates: Sequence[Update], round: int) -> None:
+    """Log how the sites' products relate, where the method has products and they were sent."""
+    plan, branches = run.plan(round), branches_of(run.spec)
+    if (
+        not run.config.strategy.diagnostics
+        or not branches
+        or plan.sketch
+        or plan.personal
+        or len(updates) < 2
+    ):
+        return
+    specs = [update.state.spec for update in updates]
+    starts = [restart_state(run.config, s, round) if plan.restart else start_for(run.state, s) for s in specs]
+    names = trained_names(run.spec)
+    whole = [start.updated(update.state.only(names)) for start, update in zip(starts, updates, strict=True)]
+    reference = start_for(run.state, run.spec)
+    found = diagnose(
+        [{"/".join(branch): product_of(state, branch) for branch in branches} for state in whole],
+        [update.weight for update in updates],
+        {"/".join(branch): product_of(reference, branch) for branch in branches},
+    )
     append_event(
         run.folder,
-        "site_reply",
+        "diagnosed",
         round=round,
-        site=reply.peer.name,
-        accepted=update is not None,
-        reason=reason,
-        bytes_up=reply.bytes_up,
-        bytes_down=reply.bytes_down,
-        seconds=reply.seconds,
-        **released,
+        aggregation_error=found.aggregation_error,
+        rank_energy=found.rank_energy,
+        cosine=found.cosine,
     )
-    return update or reason
 
 
-def _checked(run: ServerRun, reply: Reply) -> Update:
-    peer: Peer = reply.peer
-    if text(reply.notes, "site") != peer.name:
-        raise RunError(f"site {peer.name}: the reply carries another site's name.")
-    if reply.payload is None:
-        raise RunError(f"site {peer.name}: the reply carries no adapter.")
-    weights = text(reply.notes, "weights", limit=64)
-    run.weights = run.weights or weights
-    if weights != run.weights:
-        raise RunError(
-            f"site {peer.name}: its base weights ({weights}) are not those of the others ({run.weights})."
-        )
-    state = decode(reply.payload, spec=run.spec, layout=run.state.layout)
-    examples = None if run.config.privacy.enabled else number(reply.notes, "examples")
-    return Update(site=peer.name, state=state, examples=examples)
+def _checkpoint(run: ServerRun, round: int) -> None:
+    extra = {"seed": run.seed, "weights": run.weights, "folded": save_pieces(run)}
+    checkpoint = Checkpoint(round=round, state=run.state, extra=extra, moments=run.moments)
+    path = save_checkpoint(run.folder, checkpoint)
+    digest = checkpoint_digest(checkpoint)
+    append_event(run.folder, "checkpoint_saved", round=round, file=path.name, sha256=digest)
 
 
 def _final_evaluation(run: ServerRun, grid: Grid) -> None:
     """Have every site compare the finished adapter with the untuned base."""
-    peers = [run.peers[name] for name in sorted(run.peers)]
-    payload = run.payload()
-    replies = exchange(
-        grid,
-        [(peer, pack(run.notes(peer), payload)) for peer in peers],
-        kind="evaluate",
-        group=str(run.config.federation.rounds),
-        deadline=run.config.federation.deadline,
-    )
-    for reply in replies:
+    peers: list[Peer] = [run.peers[name] for name in sorted(run.peers)]
+    last = run.config.federation.rounds + 1
+    contents = [(peer, pack(notes, parts)) for peer, notes, parts in run.messages(peers, last)]
+    for reply in counted(run, grid, contents, stage="evaluation", kind="evaluate", round=last):
         try:
             if reply.reason:
                 raise RunError(reply.reason)
@@ -192,3 +306,15 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
                 )
         except FedllmError as error:
             append_event(run.folder, "warning", text=f"{reply.peer.name}: no final evaluation ({error})")
+
+
+def _export(run: ServerRun) -> None:
+    """Write the adapter: as PEFT knows it where the server can, else its matrices alone."""
+    folder = run.folder.adapter_dir
+    save_state(run.state, folder, seed=run.seed)
+    personal = run.plan(run.config.federation.rounds).personal
+    if run.basis is not None and not personal and METHODS[run.spec.method].export != "base":
+        name, folded = run.config.model.name, run.folded.factors()
+        save_peft_adapter(run.state, run.basis, folder, base_model=name, folded=folded)
+    if run.basis is not None and run.spec.basis.startswith("shipped:"):
+        save_file(run.basis.tensors, folder / BASIS_FILE)

@@ -1,6 +1,8 @@
-"""Flower records <-> payload and notes, and their true size in bytes."""
+"""Flower records <-> notes and payloads, and their true size in bytes."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -9,21 +11,29 @@ from flwr.common.serde import recorddict_to_proto
 from fedllm.errors import WireError
 
 Note = str | int | float | bool | bytes | list[int] | list[float] | list[str] | list[bool] | list[bytes]
-_ARRAYS, _NOTES, _PAYLOAD = "arrays", "notes", "payload"
+Notes = dict[str, Note]
+#: Name -> bytes; ``adapter`` is the adapter, other names are digests of what sites keep.
+Parts = Mapping[str, bytes]
+ADAPTER = "adapter"
+_ARRAYS, _NOTES = "arrays", "notes"
 _BYTES = "fedllm.bytes"
 
 
-def pack(notes: dict[str, Note], payload: bytes | None = None) -> RecordDict:
-    """Return a message content of notes and, where there is one, an encoded adapter."""
-    content = RecordDict({_NOTES: ConfigRecord(notes)})
-    if payload is not None:
-        array = Array(dtype="uint8", shape=(len(payload),), stype=_BYTES, data=payload)
-        content[_ARRAYS] = ArrayRecord({_PAYLOAD: array})
+def pack(notes: Mapping[str, Note], parts: Parts | None = None) -> RecordDict:
+    """Return a message content of notes and, where there are some, payloads."""
+    content = RecordDict({_NOTES: ConfigRecord(dict(notes))})
+    if parts:
+        content[_ARRAYS] = ArrayRecord(
+            {
+                name: Array(dtype="uint8", shape=(len(data),), stype=_BYTES, data=data)
+                for name, data in parts.items()
+            }
+        )
     return content
 
 
-def unpack(content: RecordDict) -> tuple[dict[str, Note], bytes | None]:
-    """Return the notes and payload of a message content.
+def unpack(content: RecordDict) -> tuple[Notes, dict[str, bytes]]:
+    """Return the notes and payloads of a message content.
 
     Raises
     ------
@@ -35,13 +45,12 @@ def unpack(content: RecordDict) -> tuple[dict[str, Note], bytes | None]:
         raise WireError("the message carries no notes.")
     arrays = content.get(_ARRAYS)
     if arrays is None:
-        return dict(notes), None
-    if not isinstance(arrays, ArrayRecord) or list(arrays) != [_PAYLOAD]:
-        raise WireError("the message carries other arrays than one payload.")
-    array = arrays[_PAYLOAD]
-    if array.stype != _BYTES or array.dtype != "uint8":
-        raise WireError("the message's payload is not of the agreed type.")
-    return dict(notes), array.data
+        return dict(notes), {}
+    if not isinstance(arrays, ArrayRecord):
+        raise WireError("the message carries no payloads where they are expected.")
+    if any(array.stype != _BYTES or array.dtype != "uint8" for array in arrays.values()):
+        raise WireError("a payload of the message is not of the agreed type.")
+    return dict(notes), {name: array.data for name, array in arrays.items()}
 
 
 def wire_size(content: RecordDict) -> int:
@@ -49,7 +58,7 @@ def wire_size(content: RecordDict) -> int:
     return len(recorddict_to_proto(content).SerializeToString())
 
 
-def text(notes: dict[str, Note], key: str, *, limit: int = 500) -> str:
+def text(notes: Mapping[str, Note], key: str, *, limit: int = 500) -> str:
     """Return a text note of another party, cut to a length and freed of control characters."""
     value = notes.get(key, "")
     if not isinstance(value, str):
@@ -57,7 +66,7 @@ def text(notes: dict[str, Note], key: str, *, limit: int = 500) -> str:
     return "".join(char if char.isprintable() else " " for char in value)[:limit]
 
 
-def number(notes: dict[str, Note], key: str) -> float | None:
+def number(notes: Mapping[str, Note], key: str) -> float | None:
     """Return a finite number note of another party, None if it is absent.
 
     Raises
@@ -71,3 +80,25 @@ def number(notes: dict[str, Note], key: str) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
         raise WireError(f"the note '{key}' is not a finite number.")
     return float(value)
+
+
+def whole(notes: Mapping[str, Note], key: str, *, largest: int = 10**9) -> int:
+    """Return a note of another party that has to be a whole number from 0 to ``largest``.
+
+    Raises
+    ------
+    WireError
+        If it is absent or anything else.
+    """
+    value = notes.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= largest:
+        raise WireError(f"the note '{key}' is not a whole number from 0 to {largest}.")
+    return value
+
+
+def texts(notes: Mapping[str, Note], key: str) -> list[str]:
+    """Return a note of another party that has to be a list of texts; empty if it is absent."""
+    value = notes.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise WireError(f"the note '{key}' is not a list of texts.")
+    return [str(item) for item in value]

@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 from safetensors.numpy import load_file, save, save_file
 
@@ -15,16 +16,19 @@ from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis, projections, require_same_basis
 from fedllm.adapters.export import load_state
 from fedllm.adapters.state import AdapterSpec, AdapterState, require_same_layout
+from fedllm.aggregation import RoundPlan, Rule, ServerOptimizer, make_optimizer, make_rule
+from fedllm.aggregation.lowrank import Matrix64
 from fedllm.config import Config
 from fedllm.errors import FedllmError, MismatchError, RunError
-from fedllm.federation.client import read_basis
+from fedllm.federation.client import BASIS
 from fedllm.federation.exchange import Peer, Reply, exchange
-from fedllm.federation.records import Note, pack, text
+from fedllm.federation.makebasis import WITH_CORE, read_basis
+from fedllm.federation.outgoing import Folded, Piece, Sender
+from fedllm.federation.records import Note, Parts, pack, text, whole
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.events import append_event, read_events
-from fedllm.runs.folder import RunFolder
+from fedllm.runs.folder import RunFolder, atomic_write
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed
-from fedllm.wire import encode
 
 BASIS_FILE = "fedllm_basis.safetensors"
 
@@ -43,6 +47,14 @@ class ServerRun:
         Sites that joined, by name.
     weights : str
         Fingerprint of the base weights, learnt from the first accepted reply.
+    moments : dict[str, ndarray]
+        What the server optimiser remembers.
+    folded : Folded
+        What the rule has folded into the base.
+    data : dict[str, str]
+        Site -> fingerprint of its training records, where the site tells it.
+    kept : dict[str, set[str]]
+        Site -> digests of the payloads it has.
     """
 
     config: Config
@@ -52,6 +64,12 @@ class ServerRun:
     basis: Basis | None
     seed: str
     state: AdapterState
+    rule: Rule
+    optimizer: ServerOptimizer | None
+    folded: Folded
+    moments: dict[str, Matrix64] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, set[str]] = field(default_factory=dict)
     next_round: int = 1
     weights: str = ""
     simulated: bool = True
@@ -62,6 +80,8 @@ class ServerRun:
     @property
     def quorum(self) -> int:
         """Return the number of valid replies a round needs."""
+        if self.config.federation.mode == "central":
+            return 1
         return self.config.federation.quorum or (self.config.federation.sites + 1) // 2
 
     def notes(self, peer: Peer, **more: Note) -> dict[str, Note]:
@@ -74,9 +94,20 @@ class ServerRun:
             **more,
         }
 
-    def payload(self) -> bytes:
-        """Return the current adapter as the wire carries it."""
-        return encode(self.state, codec=self.config.wire.codec)
+    def plan(self, round: int) -> RoundPlan:
+        """Return what sites do in a round."""
+        return self.rule.plan(self.spec, round)
+
+    def messages(
+        self, peers: list[Peer], round: int, **more: Note
+    ) -> list[tuple[Peer, dict[str, Note], Parts]]:
+        """Return each peer's message for a round: notes and payloads."""
+        sender, plan = Sender(self.config, self.state, self.folded, self.kept), self.plan(round)
+        found = []
+        for peer in peers:
+            notes, parts = sender.message(peer.name, peer.rank, plan)
+            found.append((peer, self.notes(peer, round=round, **notes, **more), parts))
+        return found
 
 
 def start_run(config: Config, folder: RunFolder) -> ServerRun:
@@ -101,6 +132,9 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
         require_same_layout(state.layout, found.layout, site="adapter.init")
         spec, state = found.spec, found
     return ServerRun(
+        rule=make_rule(config),
+        optimizer=make_optimizer(config),
+        folded=Folded(spec=spec),
         config=config,
         folder=folder,
         run_id=uuid.uuid4().hex[:12],
@@ -140,6 +174,8 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
     if checkpoint is not None:
         run.state, run.spec = checkpoint.state, checkpoint.state.spec
         run.basis = _known_basis(run.spec, folder.checkpoints_dir)
+        run.moments = {key: value.astype("float64") for key, value in checkpoint.moments.items()}
+        run.folded = Folded(spec=run.spec, pieces=_load_pieces(folder, checkpoint.extra.get("folded", "[]")))
         run.seed = checkpoint.extra["seed"]
         run.weights = checkpoint.extra["weights"]
         run.next_round = checkpoint.round + 1
@@ -153,6 +189,26 @@ def _known_basis(spec: AdapterSpec, folder: Path) -> Basis | None:
     if basis is None and path.is_file():
         basis = Basis.from_tensors(load_file(path))
     return basis
+
+
+def save_pieces(run: ServerRun) -> str:
+    """Write what was folded into the base beside the checkpoints, and return its list as JSON."""
+    for piece in run.folded.pieces:
+        path = run.folder.checkpoints_dir / f"folded-{piece.digest}.safetensors"
+        if not path.is_file():
+            atomic_write(path, piece.payload)
+    return json.dumps([[piece.digest, piece.rank] for piece in run.folded.pieces])
+
+
+def _load_pieces(folder: RunFolder, listed: str) -> list[Piece]:
+    pieces = []
+    for name, rank in json.loads(listed):
+        path = folder.checkpoints_dir / f"folded-{name}.safetensors"
+        try:
+            pieces.append(Piece(digest=name, payload=path.read_bytes(), rank=rank))
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error.strerror}); the run cannot go on.") from None
+    return pieces
 
 
 def gather_sites(run: ServerRun, grid: Grid) -> None:
@@ -206,17 +262,37 @@ def greet(run: ServerRun, grid: Grid) -> None:
 
 def _hello(run: ServerRun, grid: Grid, peers: list[Peer]) -> list[Reply]:
     spec = run.spec.to_json()
-    return exchange(
-        grid,
-        [(peer, pack(run.notes(peer, spec=spec))) for peer in peers],
-        kind="query.hello",
-        group="0",
-        deadline=run.config.federation.deadline,
-    )
+    contents = [(peer, pack(run.notes(peer, spec=spec))) for peer in peers]
+    return counted(run, grid, contents, stage="hello", kind="query.hello", round=0)
+
+
+def counted(
+    run: ServerRun,
+    grid: Grid,
+    contents: list[tuple[Peer, RecordDict]],
+    *,
+    stage: str,
+    kind: str,
+    round: int,
+) -> list[Reply]:
+    """Exchange messages outside training, and record their bytes as events."""
+    deadline = run.config.federation.deadline
+    replies = exchange(grid, contents, kind=kind, group=str(round), deadline=deadline)
+    for reply in replies:
+        append_event(
+            run.folder,
+            "traffic",
+            stage=stage,
+            round=round,
+            site=str(reply.notes.get("site", reply.peer.name))[:80],
+            bytes_up=reply.bytes_up,
+            bytes_down=reply.bytes_down,
+        )
+    return replies
 
 
 def _welcome(run: ServerRun, reply: Reply) -> None:
-    reason, name = reply.reason, ""
+    reason, name, rank = reply.reason, "", 0
     try:
         name = text(reply.notes, "site", limit=80)
         if not reason:
@@ -224,7 +300,13 @@ def _welcome(run: ServerRun, reply: Reply) -> None:
                 reason = "the site sent no name"
             elif name in run.peers and reply.notes.get("simulated") is not True:
                 reason = f"site {name}: another node joined under this name"
-            elif basis_from_seed(run.spec) is not None and run.basis is not None:
+            else:
+                rank = whole(reply.notes, "rank", largest=run.spec.rank)
+                if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
+                    reason = (
+                        f"site {name}: trains rank {rank}, and {run.rule.about.title} needs {run.spec.rank}"
+                    )
+            if not reason and basis_from_seed(run.spec) is not None and run.basis is not None:
                 sent = reply.notes.get("projections")
                 values = tuple(float(value) for value in sent) if isinstance(sent, list) else ()
                 require_same_basis(projections(run.basis, seed=run.spec.basis), values, site=name)
@@ -235,14 +317,15 @@ def _welcome(run: ServerRun, reply: Reply) -> None:
         append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
         return
     run.simulated = reply.notes.get("simulated") is True
-    run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index)
+    run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=rank)
+    run.data[name] = text(reply.notes, "data", limit=64)
     if reply.notes.get("has_basis") is True:
         run.holders.add(name)
     append_event(run.folder, "site_joined", site=name, node=reply.peer.node, simulated=run.simulated)
 
 
 def ship_basis(run: ServerRun, grid: Grid) -> None:
-    """Have one site make the public-svd basis where needed, and send it to those who lack it.
+    """Have one site make the basis where no seed gives it, and send it to those who lack it.
 
     The server never makes it: that would take the base model's weights.
 
@@ -251,30 +334,40 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
     RunError
         If no site could make it.
     """
-    deadline = run.config.federation.deadline
     up = down = 0
+    with_core = run.config.adapter.basis in WITH_CORE
     if run.basis is None:
         for name in sorted(run.peers):
             peer = run.peers[name]
             (reply,) = exchange(
-                grid, [(peer, pack(run.notes(peer)))], kind="query.make_basis", group="0", deadline=deadline
+                grid,
+                [(peer, pack(run.notes(peer)))],
+                kind="query.make_basis",
+                group="0",
+                deadline=run.config.federation.deadline,
             )
             up, down = up + reply.bytes_up, down + reply.bytes_down
-            if not reply.reason and reply.payload is not None:
-                run.basis = read_basis(reply.payload, run.spec)
+            if not reply.reason and BASIS in reply.parts:
+                run.basis = read_basis(reply.parts[BASIS], run.spec, with_core=with_core)
                 break
+            append_event(run.folder, "warning", text=f"{name} made no basis: {reply.reason or 'no payload'}")
         if run.basis is None:
-            raise RunError("no site could make the public-svd basis; see their logs.")
-        spec = AdapterSpec(**{**vars(run.spec), "basis": f"shipped:{run.basis.digest}"})
-        run.spec, run.state = spec, AdapterState(spec, run.state.tensors)
+            raise RunError(f"no site could make the {run.config.adapter.basis} basis; see the warnings.")
+        run.spec = AdapterSpec(**{**vars(run.spec), "basis": f"shipped:{run.basis.digest}"})
+        start = {f"{module}.R": core for module, core in run.basis.core.items()}
+        run.state = AdapterState(run.spec, {**run.state.tensors, **start})
+        run.folded = Folded(spec=run.spec)
         run.folder.checkpoints_dir.mkdir(parents=True, exist_ok=True)
         save_file(run.basis.tensors, run.folder.checkpoints_dir / BASIS_FILE)
     lacking = [peer for name, peer in sorted(run.peers.items()) if name not in run.holders]
     if not lacking or not run.spec.basis.startswith("shipped:"):
         return
     payload = save(run.basis.tensors)
-    contents = [(peer, pack(run.notes(peer), payload)) for peer in lacking]
-    for reply in exchange(grid, contents, kind="query.keep_basis", group="0", deadline=deadline):
+    contents = [(peer, pack(run.notes(peer), {BASIS: payload})) for peer in lacking]
+    replies = exchange(
+        grid, contents, kind="query.keep_basis", group="0", deadline=run.config.federation.deadline
+    )
+    for reply in replies:
         up, down = up + reply.bytes_up, down + reply.bytes_down
         if reply.reason:
             append_event(

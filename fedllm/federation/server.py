@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from fedllm.config import Config, Scalar
 from fedllm.errors import FedllmError, RunError
+from fedllm.federation.plan import check_recipe
 from fedllm.federation.run import require_unfinished, resume_run, start_run
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, create_run, load_config, open_run
@@ -53,6 +54,7 @@ def _serve(asked: Config, grid: Grid) -> RunFolder:
         config = replace(asked, run=replace(asked.run, dir=str(folder.path)))
     start = time.monotonic()
     try:
+        check_recipe(config)
         if asked.run.resume:
             run = resume_run(config, folder)
         else:
@@ -77,7 +79,7 @@ def _serve(asked: Config, grid: Grid) -> RunFolder:
             folder,
             config=config,
             model={"name": config.model.name, "architecture": run.spec.base, "weights": run.weights},
-            data={},
+            data=run.data,
             simulated=run.simulated,
         )
         append_event(folder, "run_finished", seconds=time.monotonic() - start)

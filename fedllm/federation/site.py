@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 
-from fedllm.config import Config
+from fedllm.config import Config, site_ranks
 from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
 from fedllm.errors import BudgetError, DataError, PrivacyError
 from fedllm.privacy.ledger import Ledger
@@ -55,6 +55,7 @@ class Site:
                 seed=self.config.run.seed,
                 index=self.index,
                 fold=self.config.evaluation.fold,
+                pooled=self.config.federation.mode == "central",
             )
         else:
             site = site_from_file(
@@ -75,6 +76,20 @@ class Site:
     def ledger(self) -> Ledger:
         """Open the site's privacy ledger."""
         return Ledger(self.folder / "ledger.sqlite")
+
+    @property
+    def rank(self) -> int:
+        """Return the adapter rank this site trains."""
+        if self.simulated:
+            ranks = site_ranks(self.config)
+            return ranks[self.index % len(ranks)]
+        most = self.config.adapter.rank
+        return min(most, self.policy.max_rank or most)
+
+    @property
+    def public_path(self) -> str:
+        """Return the file of public records for a gradient basis; empty if there is none."""
+        return self.config.adapter.basis_path if self.simulated else self.policy.public_path
 
     @property
     def metrics_may_leave(self) -> bool:
@@ -109,16 +124,20 @@ def identify(context: Context, config: Config, index: int) -> Site:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text("# a simulated site\n" + policy.to_toml(), encoding="utf-8")
-    return Site(name=name, simulated=True, policy=policy, config=config, folder=folder, index=index)
+    return Site(
+        name=name, simulated=True, policy=policy, config=_training_config(config), folder=folder, index=index
+    )
 
 
 def _real_site(path: Path, config: Config) -> Site:
     policy = load_policy(path)
-    if config.data.path or config.model.path:
+    if config.data.path or config.model.path or config.adapter.basis_path:
         raise BudgetError(
-            f"site {policy.site}: the server sent a file path (data.path or model.path); a site reads only "
-            "the files its own policy names."
+            f"site {policy.site}: the server sent a file path (data.path, model.path or adapter.basis_path); "
+            "a site reads only the files its own policy names."
         )
+    if config.federation.mode == "central":
+        raise BudgetError(f"site {policy.site}: federation.mode=central pools records, which stay here.")
     if not policy.data_path:
         raise BudgetError(f"site {policy.site}: its policy names no data_path.")
     policy.require(config.privacy)
@@ -141,6 +160,14 @@ def _real_site(path: Path, config: Config) -> Site:
         folder=Path(policy.state_dir),
         index=0,
     )
+
+
+def _training_config(config: Config) -> Config:
+    """Return the settings a simulated site trains with: pooled records get the steps of all sites."""
+    if config.federation.mode != "central":
+        return config
+    steps = config.train.local_steps * config.federation.sites
+    return replace(config, train=replace(config.train, local_steps=steps))
 
 
 def _simulated_policy(name: str, config: Config) -> SitePolicy:

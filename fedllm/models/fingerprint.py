@@ -61,10 +61,7 @@ def weights_fingerprint(model: nn.Module, *, exclude: Iterable[nn.Parameter] = (
     """
     left_out = {id(parameter) for parameter in exclude}
     digest = hashlib.sha256()
-    left_out = {id(parameter) for parameter in exclude}
     for name, parameter in model.named_parameters():
-        if id(parameter) in left_out:
-            continue
         if id(parameter) in left_out:
             continue
         flat = parameter.data.reshape(-1)

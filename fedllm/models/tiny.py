@@ -1,4 +1,4 @@
-"""A random Llama small enough to try settings in seconds. It has learnt nothing."""
+"""Random models small enough to try settings in seconds. They have learnt nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from fedllm.models.quiet import quiet
 
@@ -44,11 +51,33 @@ def make_tiny_llama(folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    model = LlamaForCausalLM(config)
+    _save(LlamaForCausalLM(config), tokenizer, folder)
+
+
+def make_tiny_bert(folder: Path) -> None:
+    """Write a random encoder of two layers and the byte-level tokenizer into an existing folder."""
+    tokenizer = byte_tokenizer()
+    config = BertConfig(
+        architectures=["BertModel"],
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    _save(BertModel(config), tokenizer, folder)
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     generator = np.random.default_rng(SEED)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "LayerNorm.weight")):
                 parameter.fill_(1.0)
                 continue
             uniform = generator.random(tuple(parameter.shape), dtype=np.float32) - np.float32(0.5)

@@ -34,44 +34,51 @@ class GradientSink:
 
 
 class _RecordingLinear(torch.autograd.Function):
-    """``F.linear`` whose backward hands per-example weight gradients to a sink."""
+    """``F.linear`` whose backward hands per-example gradients of weight and bias to a sink."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: GradientSink, name: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sink: GradientSink, names: tuple[str, str]
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.sink, ctx.name = sink, name
-        return nn.functional.linear(x, weight)
+        ctx.sink, ctx.names, ctx.has_bias = sink, names, bias is not None
+        return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         rows = x.shape[0]
-        ctx.sink.add(
-            ctx.name,
-            torch.bmm(
-                grad.reshape(rows, -1, grad.shape[-1]).transpose(1, 2).float(),
-                x.reshape(rows, -1, x.shape[-1]).float(),
-            ),
-        )
+        upstream = grad.reshape(rows, -1, grad.shape[-1]).float()
+        inputs = x.reshape(rows, -1, x.shape[-1]).float()
+        ctx.sink.add(ctx.names[0], torch.bmm(upstream.transpose(1, 2), inputs))
+        if ctx.has_bias:
+            ctx.sink.add(ctx.names[1], upstream.sum(1))
         # the weight is an input of the graph, so that the first layer gets a backward too
-        return grad @ weight.to(grad.dtype), None, None, None
+        return grad @ weight.to(grad.dtype), None, None, None, None
 
 
 class PerExampleLinear(nn.Module):
-    """Stands in for a bias-free ``nn.Linear`` and shares its weight."""
+    """Stands in for an ``nn.Linear`` and shares its parameters.
 
-    def __init__(self, weight: nn.Parameter, sink: GradientSink, name: str) -> None:
+    Parameters
+    ----------
+    names : tuple[str, str]
+        Under which the gradients of weight and bias arrive.
+    """
+
+    def __init__(self, linear: nn.Linear, sink: GradientSink, names: tuple[str, str]) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = linear.weight
+        self.bias: nn.Parameter | None = linear.bias
         self.sink = sink
-        self.name = name
+        self.names = names
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``x W^T``; x has shape (B, ..., in) with the example first."""
-        if not torch.is_grad_enabled():
-            return nn.functional.linear(x, self.weight)
-        result: Tensor = _RecordingLinear.apply(x, self.weight, self.sink, self.name)  # type: ignore[no-untyped-call]
+        """Return ``x W^T + b``; x has shape (B, ..., in) with the example first."""
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return nn.functional.linear(x, self.weight, self.bias)
+        result: Tensor = _RecordingLinear.apply(x, self.weight, self.bias, self.sink, self.names)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -81,27 +88,30 @@ def record_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
     Parameters
     ----------
     model : torch.nn.Module
-        Model whose trained weights all belong to bias-free linear maps.
+        Model whose trained parameters all belong to linear maps.
     parameters : Mapping[str, Parameter]
-        Name -> trained weight; names key the sink's gradients.
+        Name -> trained weight or bias; names key the sink's gradients. Those that rest in a round
+        (``requires_grad`` is off) get none.
 
     Raises
     ------
     PrivacyError
-        If a trained weight is not the weight of a bias-free linear map: it would train without
-        being clipped.
+        If a trained parameter belongs to no linear map, or a map trains in part: it would train
+        without being clipped.
     """
     sink = GradientSink()
     names = {id(parameter): name for name, parameter in parameters.items()}
     replaced: set[str] = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and id(module.weight) in names:
+            weight, bias = names[id(module.weight)], ""
             if module.bias is not None:
-                raise PrivacyError(f"{path}: a trained linear map with a bias has no private path.")
-            name = names[id(module.weight)]
+                if id(module.bias) not in names:
+                    raise PrivacyError(f"{path}: a map whose bias does not train has no private path.")
+                bias = names[id(module.bias)]
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, PerExampleLinear(module.weight, sink, name))
-            replaced.add(name)
+            setattr(model.get_submodule(parent), child, PerExampleLinear(module, sink, (weight, bias)))
+            replaced |= {weight, bias}
     missing = sorted(set(parameters) - replaced)
     if missing:
         raise PrivacyError(f"no per-example gradient for {missing[0]} ({len(missing)} in all).")

@@ -103,6 +103,31 @@ def make_plan(
     )
 
 
+def basis_plan(config: Config, *, records: int, site: str) -> PrivacyPlan:
+    """Return the plan of one noised sum over about ``adapter.basis_records`` records (dp-gradient).
+
+    Raises
+    ------
+    PrivacyError
+        If delta is not below 1/n, or more records are expected than there are.
+    """
+    require_delta(config.privacy.delta, records=records, site=site)
+    expected = config.adapter.basis_records
+    if expected >= records:
+        raise PrivacyError(
+            f"site {site}: adapter.basis_records={expected} is not below its number of training records."
+        )
+    return PrivacyPlan(
+        noise_multiplier=config.adapter.basis_noise,
+        clipping_norm=config.privacy.clipping_norm,
+        sample_rate=expected / records,
+        expected_batch=float(expected),
+        local_steps=1,
+        rounds=0,
+        delta=config.privacy.delta,
+    )
+
+
 def authorise(plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str, round: int) -> float:
     """Book one round if the site's policy and budget allow it, and return the run's epsilon after it.
 

@@ -42,6 +42,10 @@ class SitePolicy:
     heldout_path : str
         A file of public records to evaluate on. Without it a private run sends no metric from a
         real site.
+    public_path : str
+        A file of public records of the same kind, for ``adapter.basis=public-gradient``.
+    max_rank : int
+        Largest adapter rank the site trains; 0: whatever the recipe asks for.
     model_path : str
         The site's own folder with the base model; empty: the recipe's model by name.
     """
@@ -58,6 +62,8 @@ class SitePolicy:
     state_dir: str = "state"
     dataset: str = "records"
     heldout_path: str = ""
+    public_path: str = ""
+    max_rank: int = 0
     model_path: str = ""
 
     def to_toml(self) -> str:
@@ -131,7 +137,7 @@ def load_policy(path: Path) -> SitePolicy:
             f"{path}: site = '{values['site']}' cannot name a site: use at most 64 letters, digits, blanks, "
             f"'.', '_' and '-', and none of the words {', '.join(RESERVED)}."
         )
-    for key in ("data_path", "heldout_path", "state_dir", "model_path"):
+    for key in ("data_path", "heldout_path", "public_path", "state_dir", "model_path"):
         if values.get(key) or key == "state_dir":
             values[key] = str(path.parent / values.get(key, "state"))
     return SitePolicy(**values)

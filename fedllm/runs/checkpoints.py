@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -20,6 +21,7 @@ from fedllm.runs.folder import RunFolder, atomic_write, write_error
 KEEP_NEWEST = 3
 KEEP_EVERY = 10
 FORMAT = "fedllm-checkpoint-1"
+_MOMENT = "moment/"
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,14 @@ class Checkpoint:
         The federation's adapter.
     extra : Mapping[str, str]
         What else a strategy needs to go on.
+    moments : Mapping[str, ndarray]
+        What the server optimiser remembers, float64.
     """
 
     round: int
     state: AdapterState
     extra: Mapping[str, str]
+    moments: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def checkpoint_digest(checkpoint: Checkpoint) -> str:
@@ -49,6 +54,9 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
     digest.update(json.dumps([head, layout], separators=(",", ":")).encode())
     for matrix in checkpoint.state.tensors.values():
         digest.update(matrix.astype("<f4", copy=False).tobytes())
+    for name, moment in sorted(checkpoint.moments.items()):
+        digest.update(f"{name} {list(moment.shape)}\n".encode())
+        digest.update(moment.astype("<f8", copy=False).tobytes())
     return digest.hexdigest()
 
 
@@ -79,7 +87,8 @@ def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> Path:
         "sha256": checkpoint_digest(checkpoint),
     }
     path = folder.checkpoints_dir / f"round-{checkpoint.round:04d}.safetensors"
-    atomic_write(path, save(dict(state.tensors), metadata=metadata))
+    moments = {f"{_MOMENT}{name}": np.ascontiguousarray(m) for name, m in checkpoint.moments.items()}
+    atomic_write(path, save({**state.tensors, **moments}, metadata=metadata))
     _prune(folder, newest=checkpoint.round)
     return path
 
@@ -110,6 +119,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise _damaged(file, "its header is unreadable") from None
     try:
         keys: list[str] = json.loads(metadata["keys"])
+        moments = {
+            key.removeprefix(_MOMENT): tensors.pop(key) for key in list(tensors) if key.startswith(_MOMENT)
+        }
         if metadata["format"] != FORMAT:
             raise _damaged(file, f"its format is '{metadata['format']}', expected '{FORMAT}'")
         if sorted(keys) != sorted(tensors):
@@ -118,7 +130,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise _damaged(file, "a matrix is not float32")
         spec = AdapterSpec.from_json(metadata["spec"])
         state = AdapterState(spec, {key: tensors[key] for key in keys})
-        checkpoint = Checkpoint(int(metadata["round"]), state, dict(json.loads(metadata["extra"])))
+        extra = dict(json.loads(metadata["extra"]))
+        checkpoint = Checkpoint(int(metadata["round"]), state, extra, moments)
         intact = checkpoint_digest(checkpoint) == metadata["sha256"]
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError):
         raise _damaged(file, "its header is unreadable") from None

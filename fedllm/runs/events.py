@@ -59,6 +59,13 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
             "bytes_down": int,
             "seconds": float,
         },
+        "traffic": {"stage": str, "round": int, "site": str, "bytes_up": int, "bytes_down": int},
+        "diagnosed": {
+            "round": int,
+            "aggregation_error": float | None,
+            "rank_energy": float | None,
+            "cosine": float | None,
+        },
         "checkpoint_saved": {"round": int, "file": str, "sha256": str},
         "evaluated": {
             "stage": str,

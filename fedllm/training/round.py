@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedllm.adapters.layers import Factors, fold
 from fedllm.adapters.method import read_state, write_state
 from fedllm.adapters.state import AdapterState
 from fedllm.config import Config
-from fedllm.data.encode import collate
 from fedllm.data.order import batch_indices
 from fedllm.errors import PrivacyError, RunError
 from fedllm.evaluation.metrics import Scores, accuracy, macro_f1
-from fedllm.evaluation.scoring import label_log_likelihoods
 from fedllm.models.fingerprint import weights_fingerprint
 from fedllm.privacy.noise import SecureGenerator, poisson_sample
 from fedllm.privacy.plan import PrivacyPlan
-from fedllm.training.session import Session, SiteTokens, record_losses
+from fedllm.training.forward import label_scores, record_losses
+from fedllm.training.hyper import ClientRate
+from fedllm.training.session import Session, SiteTokens
 from fedllm.training.steps import (
     learning_rate,
     micro_batches,
@@ -51,12 +52,24 @@ def train_round(
     state: AdapterState,
     round: int,
     plan: PrivacyPlan | None,
+    train: Collection[str],
+    folded: Factors | None = None,
+    last: Mapping[str, np.ndarray] | None = None,
 ) -> RoundResult:
     """Train ``train.local_steps`` steps from a received state.
 
-    Optimiser moments start anew each round; the learning rate and the order of the records go on
-    over the whole run and depend on (seed, site, step) alone, so a resumed run repeats what an
-    undisturbed one does.
+    Optimiser moments start anew each round and exist for the matrices that train alone; the
+    learning rate and the order of the records go on over the whole run and depend on (seed, site,
+    step) alone, so a resumed run repeats what an undisturbed one does.
+
+    Parameters
+    ----------
+    train : Collection[str]
+        Names of the matrices that train; the others stay as received.
+    folded : Mapping, optional
+        Module path -> (U, D) folded into the frozen base.
+    last : Mapping, optional
+        Key -> the federation's last change of that matrix, for FedHyper's client-side rate.
 
     Raises
     ------
@@ -65,37 +78,47 @@ def train_round(
     RunError
         If training diverged to NaN or infinity.
     """
-    train = config.train
+    settings = config.train
+    fold(session.model, folded or {})
     write_state(session.method, session.model, state)
+    trained = session.trainable(train)
     session.model.train(config.adapter.dropout > 0)
-    optimizer = torch.optim.AdamW(
-        list(session.parameters.values()), lr=train.lr, weight_decay=train.weight_decay
-    )
+    optimizer = torch.optim.AdamW(list(trained.values()), lr=settings.lr, weight_decay=settings.weight_decay)
     generator = SecureGenerator()
     torch.manual_seed(_dropout_seed(config, site.name, round))
-    total = train.local_steps * config.federation.rounds
+    rate = ClientRate(
+        trained,
+        {key: torch.tensor(value) for key, value in (last or {}).items()},
+        steps=settings.local_steps,
+        paper=settings.fedhyper == "paper",
+    )
+    total = settings.local_steps * config.federation.rounds
     losses = []
-    for local in range(train.local_steps):
-        step = (round - 1) * train.local_steps + local
+    for local in range(settings.local_steps):
+        step = (round - 1) * settings.local_steps + local
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(train, step=step, total=total)
+            group["lr"] = rate.factor * learning_rate(settings, step=step, total=total)
         optimizer.zero_grad(set_to_none=True)
         if plan is None:
             chosen = batch_indices(
                 len(site.train),
-                batch_size=train.batch_size * train.accumulation,
+                batch_size=settings.batch_size * settings.accumulation,
                 step=step,
                 seed=config.run.seed,
                 site=site.name,
             )
             records = [site.train[index] for index in chosen]
-            losses.append(plain_gradients(session, records, micro_batch=train.micro_batch))
+            losses.append(plain_gradients(session, records, micro_batch=settings.micro_batch))
             optimizer.step()
         else:
             chosen = poisson_sample(len(site.train), rate=plan.sample_rate, generator=generator)
             records = [site.train[index] for index in chosen]
-            private_gradients(session, records, plan=plan, generator=generator, micro_batch=train.micro_batch)
-            _checked_step(session, optimizer, first=local == 0)
+            private_gradients(
+                session, trained, records, plan=plan, generator=generator, micro_batch=settings.micro_batch
+            )
+            _checked_step(session, trained, optimizer, first=local == 0)
+        if settings.fedhyper != "none":
+            rate.update()
     optimizer.zero_grad(set_to_none=True)
     result = read_state(session.method, session.model, session.spec)
     if not all(np.isfinite(value).all() for value in result.tensors.values()):
@@ -110,6 +133,7 @@ def evaluate(
     config: Config,
     state: AdapterState | None,
     records: int,
+    folded: Factors | None = None,
 ) -> Scores | None:
     """Score a site's held-out records, the first ``records`` of them (0: all).
 
@@ -127,13 +151,14 @@ def evaluate(
     if not chosen:
         return None
     zero = session.method.initial_state(session.spec, seed="0")
+    fold(session.model, folded or {} if state is not None else {})
     write_state(session.method, session.model, zero if state is None else state)
     session.model.eval()
     size = config.evaluation.batch_size
     if config.data.task == "generate":
         with torch.no_grad():
             losses = [
-                float(record_losses(session.base, collate(chunk, session.pad_id)).sum())
+                float(record_losses(session, chunk, untuned=state is None).sum())
                 for chunk in micro_batches(chosen, size)
             ]
         return Scores(records=len(chosen), loss=sum(losses) / len(chosen), accuracy=None, macro_f1=None)
@@ -142,15 +167,14 @@ def evaluate(
     loss = 0.0
     for start in range(0, len(chosen), size):
         part = chosen[start : start + size]
-        scores = label_log_likelihoods(
-            session.base, [record.prompt for record in part], site.label_tokens, pad_id=session.pad_id
-        )
+        scores = label_scores(session, part, site.label_tokens, untuned=state is None)
         guess += [site.labels[int(index)] for index in scores.argmax(dim=1)]
         part_truth = site.heldout_labels[start : start + len(part)]
         truth += part_truth
         for row, label in enumerate(part_truth):
             column = site.labels.index(label)
-            loss -= float(scores[row, column]) / len(site.label_tokens[column])
+            tokens = len(site.label_tokens[column]) if site.label_tokens else 1
+            loss -= float(scores[row, column]) / tokens
     return Scores(
         records=len(chosen),
         loss=loss / len(chosen),
@@ -159,22 +183,28 @@ def evaluate(
     )
 
 
-def _checked_step(session: Session, optimizer: torch.optim.Optimizer, *, first: bool) -> None:
+def _checked_step(
+    session: Session,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    first: bool,
+) -> None:
     """Take a step; after a round's first one, prove that the adapter moved and the base did not."""
     if not first:
         optimizer.step()
         return
-    before = {key: value.detach().clone() for key, value in session.parameters.items()}
-    frozen = frozen_fingerprint(session)
+    before = {key: value.detach().clone() for key, value in trained.items()}
+    frozen = frozen_fingerprint(session, trained)
     optimizer.step()
-    _require_moved(before, session.parameters)
-    if frozen_fingerprint(session) != frozen:
+    _require_moved(before, trained)
+    if frozen_fingerprint(session, trained) != frozen:
         raise PrivacyError("a frozen weight moved in the first private step; training was stopped.")
 
 
-def frozen_fingerprint(session: Session) -> str:
+def frozen_fingerprint(session: Session, trained: Mapping[str, nn.Parameter]) -> str:
     """Return a fingerprint of everything that must not train."""
-    return weights_fingerprint(session.model, exclude=session.parameters.values())
+    return weights_fingerprint(session.model, exclude=trained.values())
 
 
 def _require_moved(before: Mapping[str, Tensor], after: Mapping[str, nn.Parameter]) -> None:

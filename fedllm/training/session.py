@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedllm.adapters import METHODS, AdapterMethod
 from fedllm.adapters.basis import Basis
-from fedllm.adapters.method import inject, trained_parameters
-from fedllm.adapters.state import AdapterSpec
+from fedllm.adapters.method import trained_parameters
+from fedllm.adapters.state import AdapterSpec, matrix_name
+from fedllm.adapters.vectors import prefix_of
 from fedllm.config import Config, ModelSettings
-from fedllm.data.encode import Batch, Encoded, PromptEncoder
+from fedllm.data.encode import ClassEncoder, Encoded, PromptEncoder
 from fedllm.data.sites import SiteData
-from fedllm.errors import ModelError
+from fedllm.errors import DataError
 from fedllm.models.fingerprint import weights_fingerprint
-from fedllm.models.load import load_base, load_tokenizer
+from fedllm.models.load import load_base, load_tokenizer, require_plain_head
 from fedllm.privacy.per_example import GradientSink, record_gradients
 
 
@@ -32,13 +32,15 @@ class Session:
     model : nn.Module
         The PEFT model.
     base : PreTrainedModel
-        The causal language model inside it, adapter included.
+        The causal language model or encoder inside it, adapter included.
     parameters : dict[str, nn.Parameter]
         Key (as in the adapter state) -> trained parameter.
     sink : GradientSink or None
         Where per-example gradients arrive in private runs.
     weights : str
         Fingerprint of the base weights.
+    prefix : Tensor or None
+        Embeddings before every prompt, shape (tokens, width), where the method has them.
     """
 
     method: AdapterMethod
@@ -49,6 +51,16 @@ class Session:
     sink: GradientSink | None
     weights: str
     pad_id: int
+    prefix: Tensor | None
+
+    def trainable(self, names: Collection[str]) -> dict[str, nn.Parameter]:
+        """Let the matrices of these names train, and no others; return them by key."""
+        chosen = {}
+        for key, parameter in self.parameters.items():
+            parameter.requires_grad_(matrix_name(key) in names)
+            if parameter.requires_grad:
+                chosen[key] = parameter
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +97,14 @@ class _SessionKey:
 @lru_cache(maxsize=1)
 def _open(key: _SessionKey) -> Session:
     method, spec = METHODS[key.spec.method], key.spec
-    base = load_base(key.model)
-    weights = weights_fingerprint(base)
-    _require_plain_head(base)
-    wrapped = inject(method, base, spec, key.basis, dropout=key.dropout)
-    parameters = trained_parameters(method, wrapped)
+    labels = max((out for out, _ in spec.head.values()), default=0)
+    base = load_base(key.model, labels=labels)
+    heads = [parameter for module in spec.head for parameter in base.get_submodule(module).parameters()]
+    weights = weights_fingerprint(base, exclude=heads)
+    if not spec.head:
+        require_plain_head(base)
+    wrapped = method.inject(base, spec, key.basis, dropout=key.dropout)
+    parameters = trained_parameters(method, wrapped, spec)
     return Session(
         method=method,
         spec=spec,
@@ -99,6 +114,7 @@ def _open(key: _SessionKey) -> Session:
         sink=record_gradients(wrapped, parameters) if key.private else None,
         weights=weights,
         pad_id=int(load_tokenizer(key.model).pad_token_id),
+        prefix=prefix_of(wrapped),
     )
 
 
@@ -137,8 +153,18 @@ def tokenise(site: SiteData, config: Config) -> SiteTokens:
     DataError
         If an answer alone is longer than ``train.max_length``.
     """
-    encoder = _encoder((config.model, site.instruction, config.data.prompt, config.train.max_length))
     labels = site.labels if config.data.task == "classify" else ()
+    label_tokens: tuple[tuple[int, ...], ...] = ()
+    encoder: ClassEncoder | PromptEncoder
+    if config.model.kind == "encoder":
+        foreign = sum(example.label not in site.labels for example in (*site.train, *site.heldout))
+        if foreign:
+            raise DataError(f"site {site.name}: {foreign} records have a label that is not in data.labels.")
+        tokenizer = load_tokenizer(config.model)
+        encoder = ClassEncoder(tokenizer, labels=labels, max_length=config.train.max_length)
+    else:
+        encoder = _encoder((config.model, site.instruction, config.data.prompt, config.train.max_length))
+        label_tokens = tuple(encoder.answer_ids(label) for label in labels)
     return SiteTokens(
         name=site.name,
         train=tuple(encoder.encode(example) for example in site.train),
@@ -146,41 +172,5 @@ def tokenise(site: SiteData, config: Config) -> SiteTokens:
         train_labels=tuple(example.label for example in site.train),
         heldout_labels=tuple(example.label for example in site.heldout),
         labels=labels,
-        label_tokens=tuple(encoder.answer_ids(label) for label in labels),
+        label_tokens=label_tokens,
     )
-
-
-def record_losses(base: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return each record's loss: the mean over its own answer tokens, shape (B,), float32.
-
-    Only answer positions reach the output head. The mean never mixes records: a loss over the
-    batch's tokens would make one record's gradient depend on the lengths of the others, and
-    clipping would no longer bound its influence.
-    """
-    device = base.device
-    hidden = base.get_decoder()(
-        input_ids=batch.input_ids.to(device),
-        attention_mask=batch.attention_mask.to(device),
-        use_cache=False,
-    ).last_hidden_state[:, :-1]
-    rows, columns = batch.answer_mask[:, 1:].nonzero(as_tuple=True)
-    logits = base.get_output_embeddings()(hidden[rows.to(device), columns.to(device)])
-    targets = batch.input_ids[rows, columns + 1].to(device)
-    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    counts = torch.bincount(rows, minlength=len(batch.input_ids)).clamp_min(1).to(device)
-    return losses.new_zeros(len(batch.input_ids)).index_add(0, rows.to(device), losses) / counts
-
-
-def _require_plain_head(base: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not its output head on the decoder's last hidden state."""
-    probe: Sequence[int] = (1, 2, 3)
-    ids = torch.tensor([list(probe)], device=base.device)
-    with torch.no_grad():
-        hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        plain = base.get_output_embeddings()(hidden)
-        whole = base(input_ids=ids, use_cache=False).logits
-    if not torch.allclose(plain.float(), whole.float(), rtol=1e-2, atol=1e-2):
-        raise ModelError(
-            f"{type(base).__name__} changes its logits after the output head (such as soft-capping), which "
-            "fedllm's loss does not follow yet; choose another base model."
-        )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis
 from fedllm.adapters.state import AdapterSpec
-from fedllm.config import Config
-from fedllm.errors import MismatchError
+from fedllm.config import AdapterSettings, Config, DataSettings
+from fedllm.data.sources import label_names, load_records
+from fedllm.errors import ConfigError, MismatchError
 from fedllm.models.fingerprint import architecture_fingerprint
 from fedllm.models.load import load_config
-from fedllm.models.shapes import linear_shapes
+from fedllm.models.shapes import head_shapes, linear_shapes
 
 
 def basis_seed(config: Config) -> str:
@@ -20,29 +24,63 @@ def basis_seed(config: Config) -> str:
 
 
 def adapter_spec(config: Config) -> AdapterSpec:
-    """Return the spec a recipe asks for; reads the model's config, never its weights.
+    """Return the spec a recipe asks for, at its largest rank; reads the model's config, no weights.
 
     Raises
     ------
     ConfigError
-        If targets or layers do not exist in the model.
+        If targets or layers do not exist in the model, or the rank does not fit a frozen basis.
     ModelError
         If the model's config cannot be found.
     """
-    adapter = config.adapter
-    model = load_config(config.model)
-    shapes = linear_shapes(model, targets=adapter.targets, layers=adapter.layers)
+    adapter, kind = config.adapter, config.model.kind
+    labels = len(public_labels(config.data)) if kind == "encoder" else 0
+    model = load_config(config.model, labels=labels)
+    shapes = {}
+    if adapter.method != "prompt":
+        shapes = linear_shapes(model, targets=adapter.targets, layers=adapter.layers, kind=kind)
     basis = "none"
     if METHODS[adapter.method].has_basis:
         basis = f"seeded:{basis_seed(config)}" if adapter.basis == "seeded" else "shipped:"
+    if adapter.method in ("fed-sb", "ravan"):
+        _require_fitting(adapter.rank, shapes)
     return AdapterSpec(
         method=adapter.method,
         rank=adapter.rank,
-        scale=(adapter.alpha or adapter.rank) / adapter.rank,
+        scale=scale_of(adapter.rank, adapter),
         shapes=shapes,
         basis=basis,
         base=architecture_fingerprint(model, shapes),
+        heads=adapter.heads if adapter.method == "ravan" else 1,
+        head=head_shapes(model) if kind == "encoder" else {},
+        width=int(model.get_text_config().hidden_size) if adapter.method == "prompt" else 0,
     )
+
+
+def site_spec(spec: AdapterSpec, rank: int, adapter: AdapterSettings) -> AdapterSpec:
+    """Return a site's own spec: the run's at another rank, and the scale that goes with it."""
+    return spec if rank == spec.rank else replace(spec, rank=rank, scale=scale_of(rank, adapter))
+
+
+def scale_of(rank: int, adapter: AdapterSettings) -> float:
+    """Return alpha / rank, or alpha / sqrt(rank) (arXiv 2312.03732); alpha = 0 stands for a scale of 1."""
+    if adapter.alpha == 0:
+        return 1.0
+    return adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
+
+
+def public_labels(data: DataSettings) -> tuple[str, ...]:
+    """Return the labels that server and sites know: those listed, or those of a shipped terminology."""
+    return label_names(data, None if data.labels else load_records(data))
+
+
+def _require_fitting(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    for module, shape in shapes.items():
+        if rank > min(shape):
+            raise ConfigError(
+                f"adapter.rank={rank}: {module} is {shape[0]} x {shape[1]}, and no more than {min(shape)} "
+                "orthonormal columns fit; lower the rank or choose other adapter.targets."
+            )
 
 
 def basis_from_seed(spec: AdapterSpec) -> Basis | None:

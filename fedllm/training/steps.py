@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedllm.config import TrainSettings
-from fedllm.data.encode import Encoded, collate
+from fedllm.data.encode import Encoded
 from fedllm.errors import PrivacyError
 from fedllm.privacy.clipping import clipped_sum
 from fedllm.privacy.noise import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
-from fedllm.training.session import Session, record_losses
+from fedllm.training.forward import record_losses
+from fedllm.training.session import Session
 
 
 def learning_rate(train: TrainSettings, *, step: int, total: int) -> float:
@@ -42,7 +43,7 @@ def plain_gradients(session: Session, records: Sequence[Encoded], *, micro_batch
     """Leave the gradient of the mean record loss in ``.grad`` and return that loss."""
     total = 0.0
     for chunk in micro_batches(records, micro_batch):
-        losses = record_losses(session.base, collate(chunk, session.pad_id))
+        losses = record_losses(session, chunk)
         (losses.sum() / len(records)).backward()  # type: ignore[no-untyped-call]
         total += float(losses.detach().sum())
     return total / len(records)
@@ -50,6 +51,7 @@ def plain_gradients(session: Session, records: Sequence[Encoded], *, micro_batch
 
 def private_gradients(
     session: Session,
+    trained: Mapping[str, nn.Parameter],
     records: Sequence[Encoded],
     *,
     plan: PrivacyPlan,
@@ -60,6 +62,11 @@ def private_gradients(
 
     ``records`` is a Poisson sample and may be empty: then there is no forward pass, only noise.
 
+    Parameters
+    ----------
+    trained : Mapping[str, Parameter]
+        Key -> parameter of the matrices that train in this round; clipped jointly.
+
     Raises
     ------
     PrivacyError
@@ -67,24 +74,27 @@ def private_gradients(
     """
     if session.sink is None:
         raise PrivacyError("the session was not opened for private training.")
-    sums = {key: torch.zeros_like(value) for key, value in session.parameters.items()}
+    sums = {key: torch.zeros_like(value) for key, value in trained.items()}
     for chunk in micro_batches(records, micro_batch):
-        losses = record_losses(session.base, collate(chunk, session.pad_id))
+        losses = record_losses(session, chunk)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         gradients = session.sink.take()
-        _require_all(session, gradients, rows=len(chunk))
+        _require_all(session, trained, gradients, rows=len(chunk))
         for key, value in clipped_sum(gradients, clipping_norm=plan.clipping_norm).items():
             sums[key] += value
-    for key, parameter in session.parameters.items():
+    for key, parameter in trained.items():
         noise = plan.noise_deviation * generator.normal(tuple(parameter.shape))
         drawn = torch.from_numpy(noise).to(device=parameter.device, dtype=torch.float64)
         parameter.grad = ((sums[key].double() + drawn) / plan.expected_batch).to(parameter.dtype)
 
 
-def _require_all(session: Session, gradients: dict[str, Tensor], *, rows: int) -> None:
+def _require_all(
+    session: Session, trained: Mapping[str, nn.Parameter], gradients: dict[str, Tensor], *, rows: int
+) -> None:
     """Refuse to go on when a matrix trains without being clipped, or does not train at all."""
     for key, parameter in session.parameters.items():
-        if parameter.grad is not None:
+        if parameter.grad is not None or (key in gradients and key not in trained):
             raise PrivacyError(f"{key} received a gradient outside the private path.")
+    for key, parameter in trained.items():
         if key not in gradients or tuple(gradients[key].shape) != (rows, *parameter.shape):
             raise PrivacyError(f"{key} has no per-example gradient; the private path is not active.")

@@ -2,71 +2,26 @@
 
 Both sides know the layout (it follows from the spec they agreed on when the site joined), so a
 payload is one flat vector and a short header: a safetensors file with a single tensor. The
-header carries the digest of spec and layout; names travel once, when a site joins.
+header carries the codec and the digest of spec and layout; names travel once, when a site joins.
+The header is written here and not by the safetensors package, which orders its keys at random: equal
+states give equal bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save
 
 from fedllm.adapters.state import AdapterSpec, AdapterState, Layout, Matrix
-from fedllm.errors import WireError
+from fedllm.errors import ConfigError, WireError
+from fedllm.wire.chain import Chain, parse_codec
+from fedllm.wire.formats import Vector
 
-Vector = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """A number format: float32 vector -> stored array and back.
-
-    Attributes
-    ----------
-    dtype : str
-        Name of the stored type in the safetensors header.
-    item : int
-        Bytes a number.
-    """
-
-    name: str
-    dtype: str
-    item: int
-    pack: Callable[[Vector], npt.NDArray[np.generic]]
-    unpack: Callable[[bytes], Vector]
-
-
-def _to_bfloat16(vector: Vector) -> npt.NDArray[np.uint16]:
-    """Round to nearest even on the upper 16 bits; NaN stays NaN."""
-    bits = vector.view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(vector), np.uint16(0x7FC0), rounded)
-
-
-def _from_bfloat16(data: bytes) -> Vector:
-    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-CODECS: Mapping[str, Codec] = {
-    codec.name: codec
-    for codec in (
-        Codec("float32", "F32", 4, lambda v: v, lambda b: np.frombuffer(b, dtype="<f4")),
-        Codec(
-            "float16",
-            "F16",
-            2,
-            lambda v: v.astype(np.float16),
-            lambda b: np.frombuffer(b, dtype="<f2").astype(np.float32),
-        ),
-        Codec("bfloat16", "U16", 2, _to_bfloat16, _from_bfloat16),
-    )
-}
+_HEADER = 4096
+# no codec needs more than every float32 and a bit for its position
+_LARGEST = parse_codec("topk:1")
 
 
 def layout_digest(spec: AdapterSpec, layout: Layout) -> str:
@@ -82,55 +37,88 @@ def encode(state: AdapterState, *, codec: str) -> bytes:
     ------
     WireError
         If a number is not finite, or does not fit the codec's range.
+    ConfigError
+        If there is no such codec.
     """
-    vector = np.concatenate([value.ravel() for value in state.tensors.values()])
-    if not np.isfinite(vector).all():
-        raise WireError("an adapter matrix holds NaN or infinity; it is not sent.")
-    with np.errstate(over="ignore"):
-        packed = CODECS[codec].pack(vector)
-    if codec == "float16" and not np.isfinite(packed.astype(np.float32)).all():
-        raise WireError("an adapter matrix exceeds the range of float16; use wire.codec=bfloat16.")
-    header = {"codec": codec, "layout": layout_digest(state.spec, state.layout)}
-    return save({"adapter": packed}, metadata=header)
+    chain = parse_codec(codec)
+    packed = chain.pack(np.concatenate([value.ravel() for value in state.tensors.values()]))
+    metadata = {"codec": chain.name, "layout": layout_digest(state.spec, state.layout)}
+    header = {"__metadata__": metadata, "adapter": _entry(chain, packed.nbytes)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, packed.data])
 
 
-def decode(payload: bytes, *, spec: AdapterSpec, layout: Layout) -> AdapterState:
+def decode(payload: bytes, *, spec: AdapterSpec, layout: Layout, codec: str | None = None) -> AdapterState:
     """Read a payload that must hold exactly this layout.
 
-    Nothing in the payload decides how much memory is taken: its size must be the one the layout
-    gives before anything is parsed.
+    Nothing in the payload decides how much memory is taken: its size must be the one that codec
+    and layout give, and its header short, before anything is parsed.
+
+    Parameters
+    ----------
+    payload : bytes
+    spec, layout
+        What the two sides agreed on.
+    codec : str, optional
+        The only codec accepted; None accepts any.
 
     Raises
     ------
     WireError
         Saying what is wrong: size, format, codec, layout, or numbers that are not finite.
+    ConfigError
+        If there is no codec of the name given by the caller.
     """
     count = sum(int(np.prod(shape)) for shape in layout.values())
-    limit = 4 * count + 4096
+    agreed = None if codec is None else parse_codec(codec)
+    limit = (agreed or _LARGEST).size(count) + _HEADER
     if len(payload) > limit:
         raise WireError(f"oversized payload: {len(payload)} bytes, at most {limit} are possible.")
-    try:
-        length = int.from_bytes(payload[:8], "little")
-        metadata = json.loads(payload[8 : 8 + length]).get("__metadata__", {})
-        tensors = deserialize(payload)  # type: ignore[no-untyped-call]
-    except (SafetensorError, ValueError, AttributeError, RecursionError):
-        raise WireError("the payload is not a readable adapter (damaged or truncated).") from None
-    if not isinstance(metadata, dict):
-        raise WireError("the payload has no header.")
-    codec = CODECS.get(str(metadata.get("codec")))
-    if codec is None:
-        raise WireError("the payload names no known codec.")
+    length = int.from_bytes(payload[:8], "little")
+    header = _read_header(payload, length)
+    metadata = header["__metadata__"]
+    chain = _read_codec(metadata.get("codec"), agreed)
     if metadata.get("layout") != layout_digest(spec, layout):
         raise WireError("the payload's matrices are not those agreed on (other names, shapes or spec).")
-    if len(tensors) != 1 or tensors[0][0] != "adapter" or tensors[0][1]["dtype"] != codec.dtype:
-        raise WireError("the payload does not hold one adapter vector.")
-    data = bytes(tensors[0][1]["data"])
-    if len(data) != codec.item * count:
-        raise WireError(f"the payload holds {len(data)} bytes of numbers, expected {codec.item * count}.")
-    vector = codec.unpack(data)
-    if not np.isfinite(vector).all():
-        raise WireError("NaN or infinity in the adapter.")
+    size = chain.size(count)
+    if header["adapter"] != _entry(chain, size):
+        raise WireError(f"the payload does not hold one adapter vector of {size} bytes.")
+    if len(payload) != 8 + length + size:
+        raise WireError(f"the payload holds {len(payload) - 8 - length} bytes of numbers, expected {size}.")
+    vector = chain.unpack(np.frombuffer(payload, np.uint8, offset=8 + length), count)
     return AdapterState(spec, _split(vector, layout))
+
+
+def _entry(chain: Chain, size: int) -> dict[str, object]:
+    return {"dtype": chain.dtype, "shape": [size // chain.item], "data_offsets": [0, size]}
+
+
+def _read_header(payload: bytes, length: int) -> dict[str, dict[str, object]]:
+    """Return the two tables of a header: ``__metadata__`` and ``adapter``, and no others."""
+    # JSON takes up to thirty times its length in memory, so a long header is not parsed at all
+    if length > min(_HEADER, len(payload) - 8):
+        raise WireError("the payload is not a readable adapter (damaged or truncated).")
+    try:
+        header = json.loads(payload[8 : 8 + length].decode())
+    except (ValueError, RecursionError):
+        raise WireError("the payload is not a readable adapter (damaged or truncated).") from None
+    if not isinstance(header, dict) or header.keys() != {"__metadata__", "adapter"}:
+        raise WireError("the payload does not hold one adapter vector and its codec.")
+    if not isinstance(header["__metadata__"], dict):
+        raise WireError("the payload's header has no table of codec and layout.")
+    return header
+
+
+def _read_codec(name: object, agreed: Chain | None) -> Chain:
+    """Return the codec a payload names; its text is never quoted, for it is the peer's."""
+    try:
+        chain = parse_codec(str(name))
+    except ConfigError:
+        raise WireError("the payload names no known codec.") from None
+    if agreed is not None and chain != agreed:
+        raise WireError(f"the payload was made with {chain.name}; {agreed.name} was agreed on.")
+    return chain
 
 
 def _split(vector: Vector, layout: Layout) -> dict[str, Matrix]:

@@ -54,7 +54,17 @@ def test_round_trips(tmp_path: Path) -> None:
         ({"data.partition": "column"}, "data.site: partition=column"),
         ({"data.prompt": "x"}, "must contain {text}"),
         ({"federation.quorum": 9}, "9 replies cannot come from 4 sites"),
-        ({"strategy.name": "fedit"}, "defined for adapter.method=lora"),
+        ({"adapter.rank": 8, "adapter.site_ranks": "8,16"}, "adapter.site_ranks: '8,16' must be numbers"),
+        ({"adapter.basis": "gradient"}, "adapter.allow_private_basis=true if that is meant"),
+        ({"adapter.basis": "dp-gradient"}, "needs privacy.enabled=true"),
+        (
+            {"adapter.basis": "gradient", "privacy.enabled": True, "privacy.epsilon": 1},
+            "singular vectors of private gradients would be published",
+        ),
+        ({"adapter.method": "dora", "model.quantization": "8bit"}, "loses an 8-bit base's scales"),
+        ({"model.kind": "encoder", "data.source": "file"}, "data.labels: an encoder's head"),
+        ({"model.kind": "encoder", "adapter.method": "prompt"}, "is for causal models"),
+        ({"data.pair": "context"}, "put {pair} where its text goes"),
         (
             {"adapter.method": "lora", "adapter.basis": "public-svd"},
             "applies to adapter.method=fed-sb only",

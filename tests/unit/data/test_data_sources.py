@@ -82,7 +82,7 @@ def test_a_mistyped_label_is_named_with_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (DataSettings(site="ward"), "data.source=icd10 has no column of sites"),
+        (DataSettings(site="ward"), "data.source=icd10 has no such column"),
         (DataSettings(unit="patient"), "data.source=icd10 has no column of units"),
         (DataSettings(source="mcc", unit="patient"), "no column of units but 'mcc'"),
     ],

@@ -77,7 +77,7 @@ def test_one_site_equals_the_mean_of_identical_updates(federate: Any, events: An
     [
         ("error", "the site's process failed"),
         ("nan", "NaN or infinity in the adapter"),
-        ("cut", "damaged or truncated"),
+        ("cut", "bytes of numbers, expected"),
         ("big", "oversized payload"),
         ("shape", "not those agreed on"),
         ("none", "carries no adapter"),
@@ -93,12 +93,12 @@ def test_a_bad_reply_is_set_aside_and_the_round_goes_on(
     def tamper(message: Message, reply: Message) -> Message:
         if not is_train(message) or message.metadata.group_id != "2" or site_of(reply) != "site-1":
             return reply
-        notes, payload = unpack(reply.content)
-        assert payload is not None
+        notes, parts = unpack(reply.content)
+        payload = parts["adapter"]
         if kind == "error":
             return Message(error=Error(code=0, reason="x"), reply_to=message)
         if kind == "notes":
-            content = pack({}, payload)
+            content = pack({}, parts)
             del content["notes"]
             return Message(content, reply_to=message)
         if kind == "nan":
@@ -116,7 +116,7 @@ def test_a_bad_reply_is_set_aside_and_the_round_goes_on(
             notes["weights"] = "f" * 16
         if kind == "loss":
             notes["loss"] = float("inf")
-        return Message(pack(notes, None if kind == "none" else payload), reply_to=message)
+        return Message(pack(notes, {} if kind == "none" else {"adapter": payload}), reply_to=message)
 
     folder = federate(tamper)
     bad = [event for event in events(folder, "site_reply") if not event["accepted"]]
@@ -220,7 +220,18 @@ def test_only_the_agreed_notes_leave_a_private_site(federate: Any) -> None:
         return reply
 
     federate(watch, **PRIVATE)
-    allowed = {"site", "simulated", "fedllm", "projections", "has_basis", "weights", "epsilon"}
+    # "data" is a hash that only simulated sites, and sites without privacy, tell
+    allowed = {
+        "site",
+        "simulated",
+        "fedllm",
+        "rank",
+        "data",
+        "projections",
+        "has_basis",
+        "weights",
+        "epsilon",
+    }
     assert set().union(*seen) <= allowed
 
 
@@ -318,7 +329,7 @@ def test_the_server_never_loads_base_weights(monkeypatch: pytest.MonkeyPatch, tm
         config = Config.from_flat(values)
         run = start_run(config, create_run(config))
         assert run.basis is not None
-        save_peft_adapter(run.state, run.basis, tmp_path / f"{method}-out", base_model="x", seed=run.seed)
+        save_peft_adapter(run.state, run.basis, tmp_path / f"{method}-out", base_model="x")
         assert (tmp_path / f"{method}-out" / "adapter_model.safetensors").is_file()
 
 

@@ -75,7 +75,7 @@ def test_equal_to_opacus() -> None:
 
 def test_a_weight_without_private_path_is_refused() -> None:
     net = Net()
-    with pytest.raises(PrivacyError, match="with a bias has no private path"):
+    with pytest.raises(PrivacyError, match="whose bias does not train"):
         record_gradients(net, {"frozen": net.frozen.weight})
     with pytest.raises(PrivacyError, match="no per-example gradient for loose"):
         record_gradients(net, {"loose": nn.Parameter(torch.ones(2))})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedllm.adapters import METHODS
 from fedllm.adapters.state import AdapterState
 from fedllm.config import Config
 from fedllm.data.sites import simulated_site
@@ -13,10 +14,12 @@ from fedllm.errors import PrivacyError
 from fedllm.privacy.noise import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training import round as round_module
-from fedllm.training.round import evaluate, train_round
-from fedllm.training.session import Session, SiteTokens, open_session, record_losses, tokenise
+from fedllm.training.round import RoundResult, evaluate, train_round
+from fedllm.training.forward import record_losses
+from fedllm.training.hyper import ClientRate
+from fedllm.training.session import Session, SiteTokens, open_session, tokenise
 from fedllm.training.spec import adapter_spec, basis_from_seed
-from fedllm.training.steps import collate, learning_rate, private_gradients
+from fedllm.training.steps import learning_rate, private_gradients
 
 SETTINGS = {
     "model.name": "tiny-llama",
@@ -44,6 +47,21 @@ def make(**settings: object) -> tuple[Config, Session, SiteTokens, AdapterState]
     return config, session, tokenise(data, config), state
 
 
+def go(
+    session: Session,
+    site: SiteTokens,
+    config: Config,
+    state: AdapterState,
+    *,
+    round: int,
+    plan: PrivacyPlan | None,
+    **options: object,
+) -> RoundResult:
+    """Train one round, all matrices of the method unless told otherwise."""
+    settings = {"train": session.method.matrices(session.spec)} | options
+    return train_round(session, site, config=config, state=state, round=round, plan=plan, **settings)  # type: ignore[arg-type]
+
+
 def plan(**changes: float) -> PrivacyPlan:
     values = {
         "noise_multiplier": 0.5,
@@ -57,25 +75,27 @@ def plan(**changes: float) -> PrivacyPlan:
     return PrivacyPlan(**(values | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", ["lora", "ffa", "fed-sb"])
+@pytest.mark.parametrize("method", METHODS)
 def test_training_is_reproducible_and_lowers_the_loss(method: str) -> None:
-    config, session, site, state = make(adapter__method=method, train__local_steps=8, train__lr=0.05)
+    config, session, site, state = make(
+        adapter__method=method, adapter__heads=2, train__local_steps=8, train__lr=0.05
+    )
     before = evaluate(session, site, config=config, state=state, records=8)
-    one = train_round(session, site, config=config, state=state, round=1, plan=None)
-    two = train_round(session, site, config=config, state=state, round=1, plan=None)
+    one = go(session, site, config, state, round=1, plan=None)
+    two = go(session, site, config, state, round=1, plan=None)
     for key in state.tensors:
         assert np.array_equal(one.state.tensors[key], two.state.tensors[key])
     after = evaluate(session, site, config=config, state=one.state, records=8)
     assert before is not None
     assert after is not None
     assert after.loss < before.loss
-    other = train_round(session, site, config=config, state=state, round=2, plan=None)
+    other = go(session, site, config, state, round=2, plan=None)
     assert any(not np.array_equal(one.state.tensors[k], other.state.tensors[k]) for k in state.tensors)
 
 
 def test_equal_to_a_plain_peft_loop() -> None:
     config, session, site, state = make(adapter__method="lora")
-    found = train_round(session, site, config=config, state=state, round=1, plan=None).state
+    found = go(session, site, config, state, round=1, plan=None).state
     from fedllm.adapters.method import write_state
     from fedllm.data.order import batch_indices
 
@@ -97,25 +117,31 @@ def test_equal_to_a_plain_peft_loop() -> None:
         assert torch.allclose(parameter, torch.tensor(found.tensors[key]), atol=2e-5), key
 
 
-@pytest.mark.parametrize("method", ["lora", "ffa", "fed-sb"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.private])
 def test_private_gradient_without_noise_is_the_clipped_sum(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, session, site, _ = make(
-        adapter__method=method, privacy__enabled=True, privacy__noise_multiplier=0.5, adapter__rank=3
+        adapter__method=method,
+        privacy__enabled=True,
+        privacy__noise_multiplier=0.5,
+        adapter__rank=3,
+        adapter__heads=2,
     )
     with torch.no_grad():
         for parameter in session.parameters.values():
             parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(SecureGenerator, "normal", lambda self, shape: np.zeros(shape))
     records = site.train[:5]
-    private_gradients(session, records, plan=plan(), generator=SecureGenerator(), micro_batch=2)
+    private_gradients(
+        session, session.parameters, records, plan=plan(), generator=SecureGenerator(), micro_batch=2
+    )
     found = {key: value.grad.clone() for key, value in session.parameters.items()}
     expected = {key: torch.zeros_like(value) for key, value in session.parameters.items()}
     for record in records:
         for parameter in session.parameters.values():
             parameter.grad = None
-        record_losses(session.base, collate([record], session.pad_id)).sum().backward()
+        record_losses(session, [record]).sum().backward()
         assert session.sink is not None
         single = {key: value[0] for key, value in session.sink.take().items()}
         norm = sum(value.square().sum() for value in single.values()).sqrt()
@@ -130,7 +156,9 @@ def test_private_gradient_without_noise_is_the_clipped_sum(
 def test_an_empty_batch_is_noise_alone_and_takes_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     _, session, _, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
     monkeypatch.setattr("fedllm.training.steps.record_losses", lambda *a: pytest.fail("a forward pass"))
-    private_gradients(session, [], plan=plan(), generator=SecureGenerator(), micro_batch=2)
+    private_gradients(
+        session, session.parameters, [], plan=plan(), generator=SecureGenerator(), micro_batch=2
+    )
     values = torch.cat([p.grad.flatten() for p in session.parameters.values()])
     # deviation of the noise on the mean gradient: sigma C / expected batch
     assert values.std() == pytest.approx(0.5 * 0.1 / 6.0, rel=0.2)
@@ -146,7 +174,9 @@ def test_a_record_moves_the_release_by_at_most_the_clipping_norm() -> None:
     records = [*ordered[:6], ordered[-1]]
     sums = []
     for chosen in (records, records[:-1]):
-        private_gradients(session, chosen, plan=quiet, generator=SecureGenerator(), micro_batch=3)
+        private_gradients(
+            session, session.parameters, chosen, plan=quiet, generator=SecureGenerator(), micro_batch=3
+        )
         sums.append({key: value.grad.clone() * 6.0 for key, value in session.parameters.items()})
         for parameter in session.parameters.values():
             parameter.grad = None
@@ -156,8 +186,8 @@ def test_a_record_moves_the_release_by_at_most_the_clipping_norm() -> None:
 
 def test_private_rounds_are_not_reproducible_and_withhold_the_loss() -> None:
     config, session, site, state = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
-    one = train_round(session, site, config=config, state=state, round=1, plan=plan())
-    two = train_round(session, site, config=config, state=state, round=1, plan=plan())
+    one = go(session, site, config, state, round=1, plan=plan())
+    two = go(session, site, config, state, round=1, plan=plan())
     assert one.loss is None
     assert all(not np.array_equal(one.state.tensors[k], two.state.tensors[k]) for k in state.tensors)
 
@@ -166,7 +196,7 @@ def test_the_self_check_stops_a_path_that_does_not_train(monkeypatch: pytest.Mon
     config, session, site, state = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     with pytest.raises(PrivacyError, match="did not move in the first private step"):
-        train_round(session, site, config=config, state=state, round=1, plan=plan())
+        go(session, site, config, state, round=1, plan=plan())
     monkeypatch.undo()
     real = torch.optim.AdamW.step
 
@@ -177,7 +207,7 @@ def test_the_self_check_stops_a_path_that_does_not_train(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch.optim.AdamW, "step", moves_the_base)
     with pytest.raises(PrivacyError, match="a frozen weight moved"):
-        train_round(session, site, config=config, state=state, round=1, plan=plan())
+        go(session, site, config, state, round=1, plan=plan())
     monkeypatch.undo()
     with torch.no_grad():
         next(iter(session.base.get_input_embeddings().parameters())).sub_(1e-3)
@@ -186,7 +216,7 @@ def test_the_self_check_stops_a_path_that_does_not_train(monkeypatch: pytest.Mon
 def test_a_session_without_private_path_refuses_to_train_privately() -> None:
     config, session, site, state = make()
     with pytest.raises(PrivacyError, match="not opened for private training"):
-        train_round(session, site, config=config, state=state, round=1, plan=plan())
+        go(session, site, config, state, round=1, plan=plan())
 
 
 def test_a_missing_per_example_gradient_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +225,14 @@ def test_a_missing_per_example_gradient_stops_training(monkeypatch: pytest.Monke
     real = session.sink.take
     monkeypatch.setattr(session.sink, "take", lambda: dict(list(real().items())[1:]))
     with pytest.raises(PrivacyError, match="has no per-example gradient; the private path is not active"):
-        private_gradients(session, site.train[:2], plan=plan(), generator=SecureGenerator(), micro_batch=2)
+        private_gradients(
+            session,
+            session.parameters,
+            site.train[:2],
+            plan=plan(),
+            generator=SecureGenerator(),
+            micro_batch=2,
+        )
 
 
 def test_schedule_runs_over_the_whole_run() -> None:
@@ -210,7 +247,59 @@ def test_schedule_runs_over_the_whole_run() -> None:
 
 def test_frozen_fingerprint_ignores_the_adapter_only() -> None:
     _, session, _, _ = make()
-    before = round_module.frozen_fingerprint(session)
+    before = round_module.frozen_fingerprint(session, session.parameters)
     with torch.no_grad():
         next(iter(session.parameters.values())).add_(1.0)
-    assert round_module.frozen_fingerprint(session) == before
+    assert round_module.frozen_fingerprint(session, session.parameters) == before
+
+
+def test_a_matrix_that_rests_stays_and_has_no_private_gradient() -> None:
+    for private in (False, True):
+        options = {"privacy__enabled": True, "privacy__noise_multiplier": 0.5} if private else {}
+        config, session, site, state = make(adapter__method="lora", **options)
+        found = go(session, site, config, state, round=1, plan=plan() if private else None, train=("B",))
+        for key, value in found.state.tensors.items():
+            assert np.array_equal(value, state.tensors[key]) == key.endswith(".A"), key
+
+
+def test_an_encoder_learns_its_head_and_adapter_and_has_a_private_path() -> None:
+    labels = {"model.kind": "encoder", "model.name": "tiny-bert", "train.lr": 3e-3, "train.local_steps": 20}
+    config = Config.from_flat(SETTINGS | labels | {"adapter.method": "lora"})  # type: ignore[operator]
+    spec, basis = adapter_spec(config), basis_from_seed(adapter_spec(config))
+    assert basis is not None
+    session = open_session(config, spec, basis)
+    site = tokenise(simulated_site(config.data, sites=2, seed=42, index=0), config)
+    state = session.method.initial_state(spec, seed="00")
+    names = (*session.method.matrices(spec), "weight", "bias")
+    before = evaluate(session, site, config=config, state=state, records=16)
+    found = go(session, site, config, state, round=1, plan=None, train=names)
+    after = evaluate(session, site, config=config, state=found.state, records=16)
+    assert before is not None
+    assert after is not None
+    assert after.loss < before.loss
+    private = config.replace(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    session = open_session(private, spec, basis)
+    found = go(session, site, private, state, round=1, plan=plan(), train=names)
+    assert all(not np.array_equal(v, state.tensors[k]) for k, v in found.state.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("paper", "expected"),
+    [
+        # cosines: with D 1 and then with the last change 1, capped at 1.1; against D: 0.9, then 1.0
+        (False, {1.0: 1.1**3, -1.0: 0.9}),
+        # <u, D>/steps = 0.3/4 and <u, u> = 0.03
+        (True, {1.0: 1.0075 * 1.0375**2, -1.0: 0.9925 * 1.0225**2}),
+    ],
+)
+def test_fedhyper_follows_its_formula(paper: bool, expected: dict[float, float]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    for sign, factor in expected.items():
+        with torch.no_grad():
+            weight.zero_()
+        rate = ClientRate({"w": weight}, {"w": sign * torch.ones(3)}, steps=4, paper=paper)
+        for _ in range(3):
+            with torch.no_grad():
+                weight.add_(0.1)
+            rate.update()
+        assert rate.factor == pytest.approx(factor, rel=1e-5)

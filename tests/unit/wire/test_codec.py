@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import load
 
 from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.errors import WireError
-from fedllm.wire import CODECS, decode, encode
+from fedllm.wire import decode, encode
 
 SPEC = AdapterSpec(
     method="fed-sb", rank=3, scale=1.0, shapes={"m": (4, 5), "n": (4, 5)}, basis="seeded:00", base="b"
@@ -27,10 +28,9 @@ def make_state(first: np.ndarray, second: np.ndarray) -> AdapterState:
 @given(MATRIX, MATRIX)
 def test_float32_is_bit_exact_and_others_round_to_nearest(first: np.ndarray, second: np.ndarray) -> None:
     state = make_state(first, second)
-    for name in CODECS:
+    for name, kind in (("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)):
         back = decode(encode(state, codec=name), spec=SPEC, layout=state.layout)
         for key, value in state.tensors.items():
-            kind = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
             expected = torch.tensor(value).to(kind).float().numpy()
             assert np.array_equal(back.tensors[key], expected), name
             assert not back.tensors[key].flags.writeable
@@ -40,6 +40,15 @@ def test_a_payload_is_little_more_than_its_numbers() -> None:
     state = make_state(np.ones((3, 3), np.float32), np.ones((3, 3), np.float32))
     assert len(encode(state, codec="float32")) - 4 * state.size < 256
     assert len(encode(state, codec="bfloat16")) < len(encode(state, codec="float32"))
+
+
+def test_a_payload_is_a_safetensors_file_and_equal_states_give_equal_bytes() -> None:
+    state = make_state(np.eye(3, dtype=np.float32), np.ones((3, 3), np.float32))
+    for codec, dtype in (("float32", np.float32), ("bfloat16", np.uint16), ("topk:0.5+int4", np.uint8)):
+        payload = encode(state, codec=codec)
+        assert all(encode(state, codec=codec) == payload for _ in range(20))
+        assert load(payload)["adapter"].dtype == dtype
+    assert load(encode(state, codec="float32"))["adapter"][9:].tolist() == [1.0] * 9
 
 
 @settings(deadline=None, max_examples=300)

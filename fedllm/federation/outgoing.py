@@ -1,0 +1,147 @@
+"""What the server sends a site for a round, and how it reads what comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedllm.adapters.layers import Factors
+from fedllm.adapters.method import HEAD
+from fedllm.adapters.state import AdapterSpec, AdapterState
+from fedllm.aggregation import RoundPlan
+from fedllm.aggregation.lowrank import LowRank, truncate
+from fedllm.aggregation.rule import start_for
+from fedllm.config import Config
+from fedllm.federation.blobs import digest, join_factors, pack_factors, read_factors
+from fedllm.federation.local import layout_of, restart_state, shared_names
+from fedllm.federation.records import ADAPTER, Note, Parts
+from fedllm.training.spec import site_spec
+from fedllm.wire import decode, encode, is_lossless
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A low-rank update that every site folds into its base.
+
+    Attributes
+    ----------
+    rank : int
+        Largest rank of a module.
+    """
+
+    digest: str
+    payload: bytes
+    rank: int
+
+
+@dataclass(kw_only=True)
+class Folded:
+    """All updates folded into the base so far."""
+
+    spec: AdapterSpec
+    pieces: list[Piece] = field(default_factory=list)
+
+    def add(self, found: Mapping[str, LowRank], *, cap: int) -> float:
+        """Add an update; above the cap all are recompressed to it. Return the energy's share lost.
+
+        Recompressed is the sum: the best approximation of that rank of each module.
+        """
+        self.pieces.append(_piece(found))
+        if sum(piece.rank for piece in self.pieces) <= cap:
+            return 0.0
+        lost = whole = 0.0
+        compressed = {}
+        for module, (up, down) in self.factors().items():
+            total = truncate(LowRank(up.astype(np.float64), down.astype(np.float64)))
+            compressed[module] = LowRank(total.up[:, :cap], total.down[:cap])
+            energies = (total.up**2).sum(axis=0)
+            lost, whole = lost + energies[cap:].sum(), whole + energies.sum()
+        self.pieces = [_piece(compressed)]
+        return float(lost / whole) if whole > 0 else 0.0
+
+    def factors(self) -> Factors:
+        """Return their sum: module path -> (U, D)."""
+        return join_factors([read_factors(piece.payload, self.spec) for piece in self.pieces])
+
+
+class Sender:
+    """Builds the down messages of one exchange; what several sites get is encoded once.
+
+    Parameters
+    ----------
+    state : AdapterState
+        The federation's adapter.
+    held : Mapping[str, set[str]]
+        Site -> digests of payloads it has.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: AdapterState,
+        folded: Folded,
+        held: Mapping[str, set[str]],
+    ) -> None:
+        self._config = config
+        self._state = state
+        self._folded = folded
+        self._held = held
+        self._encoded: dict[tuple[int, tuple[str, ...]], bytes] = {}
+
+    def message(self, site: str, rank: int, plan: RoundPlan) -> tuple[dict[str, Note], Parts]:
+        """Return notes and payloads of a site's message."""
+        spec = site_spec(self._state.spec, rank, self._config.adapter)
+        names, held = shared_names(plan, spec), self._held.get(site, set())
+        notes: dict[str, Note] = {}
+        parts: dict[str, bytes] = {}
+        if names and plan.resting(spec) and not plan.restart:
+            groups = {}
+            for name in names:
+                payload = self._encode(spec, (name,))
+                groups[name] = digest(payload)
+                if groups[name] not in held:
+                    parts[groups[name]] = payload
+            notes["groups"] = json.dumps(groups, separators=(",", ":"))
+        elif names:
+            parts[ADAPTER] = self._encode(spec, names)
+        if self._folded.pieces:
+            notes["folded"] = [piece.digest for piece in self._folded.pieces]
+            parts |= {p.digest: p.payload for p in self._folded.pieces if p.digest not in held}
+        return notes, parts
+
+    def _encode(self, spec: AdapterSpec, names: tuple[str, ...]) -> bytes:
+        key = (spec.rank, names)
+        if key not in self._encoded:
+            start = start_for(self._state, spec).only(names)
+            self._encoded[key] = encode(start, codec=self._config.wire.codec_down)
+        return self._encoded[key]
+
+
+def read_update(
+    config: Config, current: AdapterState, payload: bytes, *, rank: int, plan: RoundPlan, round: int
+) -> AdapterState:
+    """Return the matrices a site sent, as a state of its rank.
+
+    Raises
+    ------
+    WireError
+        If the payload is not what was agreed on.
+    """
+    spec = site_spec(current.spec, rank, config.adapter)
+    codec = config.wire.codec
+    sent = decode(payload, spec=spec, layout=layout_of(spec, plan.send), codec=codec)
+    if is_lossless(codec):
+        return sent
+    start = restart_state(config, spec, round) if plan.restart else start_for(current, spec)
+    if plan.restart and spec.head:
+        start = start.updated(current.only(HEAD))
+    return sent.with_tensors({key: start.tensors[key] + value for key, value in sent.tensors.items()})
+
+
+def _piece(found: Mapping[str, LowRank]) -> Piece:
+    payload = pack_factors(found)
+    rank = max((term.rank for term in found.values()), default=0)
+    return Piece(digest=digest(payload), payload=payload, rank=rank)

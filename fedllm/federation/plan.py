@@ -1,0 +1,24 @@
+"""Checks of a whole recipe that take several rooms."""
+
+from __future__ import annotations
+
+from fedllm.aggregation import require_compatible
+from fedllm.config import Config
+from fedllm.errors import ConfigError
+from fedllm.wire import parse_codec
+
+
+def check_recipe(config: Config) -> None:
+    """Refuse combinations of adapter, rule, server optimiser, codec and privacy that cannot hold.
+
+    Raises
+    ------
+    ConfigError
+        Naming the settings and the reason.
+    """
+    for key, codec in (("wire.codec", config.wire.codec), ("wire.codec_down", config.wire.codec_down)):
+        try:
+            parse_codec(codec)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    require_compatible(config)

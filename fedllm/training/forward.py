@@ -1,0 +1,98 @@
+"""The two computations on a prepared model: each record's loss, and each label's score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedllm.data.encode import Batch, Encoded, collate, collate_classes
+from fedllm.evaluation.scoring import label_log_likelihoods
+from fedllm.training.session import Session
+
+
+def record_losses(session: Session, records: Sequence[Encoded], *, untuned: bool = False) -> Tensor:
+    """Return each record's loss, shape (B,), float32.
+
+    For a causal model the mean over the record's own answer tokens, for an encoder the cross-entropy
+    of its label. Nothing mixes records: a loss over the batch's tokens would make one record's
+    gradient depend on the lengths of the others, and clipping would no longer bound its influence.
+
+    Parameters
+    ----------
+    untuned : bool
+        Leave out what stands before the prompts.
+    """
+    if session.spec.head:
+        batch = collate_classes(records, session.pad_id)
+        logits = _class_logits(session.base, batch.inputs)
+        return nn.functional.cross_entropy(logits, batch.rows.to(logits.device), reduction="none")
+    prefix = None if untuned else session.prefix
+    return causal_losses(session.base, collate(records, session.pad_id), prefix=prefix)
+
+
+def causal_losses(base: PreTrainedModel, batch: Batch, *, prefix: Tensor | None = None) -> Tensor:
+    """Return the mean loss over each record's answer tokens; only they reach the output head.
+
+    Parameters
+    ----------
+    prefix : Tensor or None
+        Embeddings that stand before every record, shape (tokens, width).
+    """
+    device = base.device
+    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+    decoder = base.get_decoder()
+    if prefix is None:
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    else:
+        rows, tokens = len(ids), len(prefix)
+        embedded = base.get_input_embeddings()(ids)
+        before = prefix.to(embedded.dtype).expand(rows, -1, -1)
+        hidden = decoder(
+            inputs_embeds=torch.cat([before, embedded], dim=1),
+            attention_mask=torch.cat([mask.new_ones(rows, tokens), mask], dim=1),
+            use_cache=False,
+        ).last_hidden_state[:, tokens:]
+    hidden = hidden[:, :-1]
+    rows_of, columns = batch.answer_mask[:, 1:].nonzero(as_tuple=True)
+    logits = base.get_output_embeddings()(hidden[rows_of.to(device), columns.to(device)])
+    targets = batch.input_ids[rows_of, columns + 1].to(device)
+    losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    counts = torch.bincount(rows_of, minlength=len(ids)).clamp_min(1).to(device)
+    return losses.new_zeros(len(ids)).index_add(0, rows_of.to(device), losses) / counts
+
+
+def label_scores(
+    session: Session,
+    records: Sequence[Encoded],
+    labels: Sequence[Sequence[int]],
+    *,
+    untuned: bool = False,
+) -> Tensor:
+    """Return log p(label | record), shape (records, labels), float32, on the CPU.
+
+    Parameters
+    ----------
+    labels : sequence of token sequences
+        The label texts' tokens; an encoder's head has a row a label and needs none.
+    untuned : bool
+        Leave out what stands before the prompts.
+    """
+    with torch.no_grad():
+        if session.spec.head:
+            batch = collate_classes(records, session.pad_id)
+            return torch.log_softmax(_class_logits(session.base, batch.inputs), dim=-1).cpu()
+    return label_log_likelihoods(
+        session.base,
+        [record.prompt for record in records],
+        labels,
+        pad_id=session.pad_id,
+        prefix=None if untuned else session.prefix,
+    )
+
+
+def _class_logits(base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = base(**{name: value.to(base.device) for name, value in inputs.items()}).logits
+    return logits.float()

@@ -1,0 +1,222 @@
+"""``fedllm compare`` as a user meets it: what runs, what is skipped, what is said."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from fedllm.cli.app import app
+from fedllm.cli.compare import plan, read_comparison
+from fedllm.config import Config, parse_overrides, read_toml
+from fedllm.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+HEAD = [sys.executable, "-W", "ignore", "-m", "fedllm.cli.app", "compare"]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
+FILE = """\
+recipe = "demo/smoke"
+seeds = [1, 2]
+title = "Two adapters"
+
+[settings]
+federation.rounds = 1
+train.local_steps = 1
+evaluation.final_records = 8
+
+[baselines]
+base = true
+majority = true
+
+[[cells]]
+name = "Fed-SB r=4"
+
+[[cells]]
+name = "Fed-SB r=8"
+settings.adapter.rank = 8
+settings.adapter.targets = "q_proj"
+"""
+
+
+Compare = Callable[..., Result]
+
+
+@pytest.fixture
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
+    """Call the command in this process; its runs are processes of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return lambda *words: CliRunner().invoke(app, ["compare", *map(str, words)])
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {
+        path.parent.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in folder.rglob("events.jsonl")
+    }
+
+
+def test_runs_what_is_missing_skips_what_is_finished_and_reruns_what_changed(
+    tmp_path: Path, compare: Compare
+) -> None:
+    file, folder = tmp_path / "two.toml", tmp_path / "runs" / "two"
+    file.write_text(FILE)
+    first = compare(file)
+    assert first.exit_code == 0, first.output
+    assert "[4/4] all, Fed-SB r=8, seed 2: done" in first.output
+    assert "untuned base" in first.output
+    runs = ["all/fed-sb-r-4/1", "all/fed-sb-r-4/2", "all/fed-sb-r-8/1", "all/fed-sb-r-8/2"]
+    before = stamps(folder)
+    assert sorted(before) == runs
+    table = list(csv.DictReader((folder / "compare.csv").open()))
+    assert [row["seed"] for row in table] == ["1", "2", "1", "2"]
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {
+        "compare.csv", "compare.md", "compare.png", "compare.svg", "comparison.toml", "manifest.json",
+    }  # fmt: skip
+
+    again = compare(file)
+    assert again.exit_code == 0, again.output
+    assert "done" not in again.output
+    assert stamps(folder) == before
+
+    file.write_text(FILE.replace("adapter.rank = 8", "adapter.rank = 6"))
+    listed = compare(file, "--dry-run")
+    assert listed.output.count("finished") == 2
+    assert listed.output.count("changed") == 2
+    assert "adapter.rank=6 'adapter.targets=\"q_proj\"'" in listed.output
+    changed = compare(file, "--only", "Fed-SB r=8", "--seeds", "2")
+    assert changed.exit_code == 0, changed.output
+    assert "[1/1] all, Fed-SB r=8, seed 2: anew, its settings changed (adapter.rank: 8, now 6)" in (
+        changed.output
+    )
+    after = stamps(folder)
+    assert [name for name in runs if after[name] != before[name]] == ["all/fed-sb-r-8/2"]
+
+
+def test_a_failing_cell_is_named_and_the_others_finish(tmp_path: Path, compare: Compare) -> None:
+    file = tmp_path / "bad.toml"
+    text = FILE.replace("[1, 2]", "[1]").replace("majority = true", "local = true\ncentral = true")
+    file.write_text(text.replace("q_proj", "q_prj").replace("r=8", "bad"))
+    done = compare(file, "--dir", "out")
+    assert done.exit_code == 1, done.output
+    assert "failed: all, Fed-SB bad, seed 1: " in done.output
+    assert "Did you mean 'q_proj'" in done.output
+    page = (tmp_path / "out" / "compare.md").read_text()
+    named = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| all |")]
+    assert named == ["untuned base", "Fed-SB r=4", "local only", "central"]
+    assert "Not finished: all, Fed-SB bad, seed 1." in page
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path, compare: Compare) -> None:
+    file, run = tmp_path / "long.toml", tmp_path / "out" / "all" / "fed-sb-r-4" / "1"
+    file.write_text(FILE.replace("rounds = 1", "rounds = 15\nevaluation.every = 0"))
+    process = subprocess.Popen(
+        [*HEAD, str(file), "--dir", "out", "--seeds", "1", "--only", "Fed-SB r=4"],
+        cwd=tmp_path,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # as a terminal's Ctrl-C: to the command and the run it started
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+    assert "run_failed" in (run / "events.jsonl").read_text()
+    rest = compare(file, "--dir", "out", "--seeds", "1", "--only", "Fed-SB r=4")
+    assert rest.exit_code == 0, rest.output
+    assert "Fed-SB r=4, seed 1: goes on: done" in rest.output
+    assert "run_resumed" in (run / "events.jsonl").read_text()
+
+
+CELL = '[[cells]]\nname = "a"\n'
+GOOD = 'recipe = "demo/smoke"\nseeds = [1]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe = ", "not valid TOML"),
+        (GOOD, "'cells' is missing"),
+        ('seeds = [1]\nrecipe = "demo/smok"\n' + CELL, "Did you mean 'demo/smoke'"),
+        (GOOD + "seed = 1\n" + CELL, "unknown key 'seed'. Did you mean 'seeds'?"),
+        (GOOD + 'metric = "f1"\n' + CELL, "metric 'f1' is not one of accuracy, macro_f1"),
+        (GOOD + 'minutes = "ten"\n' + CELL, "'minutes' must be a number"),
+        (GOOD + "[baselines]\nbases = true\n" + CELL, "unknown key 'bases' in [baselines]"),
+        (GOOD + "[baselines]\nbase = 1\n" + CELL, "'base' must be true or false"),
+        (GOOD + CELL + "rank = 2\n", "unknown key 'rank' in [cells]"),
+        (GOOD + "[[cells]]\nsettings.adapter.rank = 2\n", "needs a name"),
+        (GOOD + CELL + '[[cells]]\nname = "A"\n', "called 'a' and 'A'; rename one"),
+        (GOOD + CELL + '[[cells]]\nname = "central"\n', "called 'central' and 'central'"),
+        (GOOD + CELL + "settings.adapter.rnk = 2\n", "cell 'a', group 'all': unknown setting 'adapter.rnk'"),
+        (
+            GOOD + CELL + "settings.rank = 2\n",
+            "settings have a section, such as settings.train.lr; got 'rank'",
+        ),
+        (GOOD + CELL + "settings.run.seed = 2\n", "run.seed is set by the comparison"),
+        (GOOD + CELL + 'settings.adapter.rank = "x"\n', "adapter.rank: needs a value of type int"),
+        (GOOD + CELL + '[[groups]]\nname = "g"\nsettings.train.lr = -1\n', "group 'g': train.lr"),
+        (GOOD.replace("[1]", "[1, 1]") + CELL, "different whole numbers"),
+        (GOOD.replace("[1]", "3") + CELL, "different whole numbers"),
+    ],
+)
+def test_a_bad_file_is_named_in_a_line(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        plan(read_comparison(file), file, tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_cells_seeds_and_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file.toml").write_text(GOOD + CELL)
+    command = [*HEAD, "file.toml", "--only", "b", "--dry-run"]
+    unknown = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert unknown.returncode == 2
+    assert unknown.stderr == "error: --only: file.toml has no cell 'b'. There are a.\n"
+    with pytest.raises(ConfigError, match="--seeds: seeds must be"):
+        read_comparison(tmp_path / "file.toml", seeds="1,x")
+    with pytest.raises(ConfigError, match="no such file"):
+        read_comparison(tmp_path / "none.toml")
+
+
+def test_every_cell_runs_in_every_group_with_its_settings(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text((ROOT / "recipes/demo/smoke.toml").read_text())
+    file = tmp_path / "file.toml"
+    file.write_text(
+        GOOD.replace("demo/smoke", "own.toml")
+        + "[settings]\ntrain.lr = 0.5\ntrain.local_steps = 3\n"
+        + CELL
+        + 'settings = { train.lr = 0.25, data.path = "records.csv" }\n'
+        + '[[groups]]\nname = "IID"\n[[groups]]\nname = "Dirichlet 0.5"\n'
+        + 'settings.data.partition = "dirichlet"\nsettings.data.dirichlet_alpha = 0.5\n'
+    )
+    jobs = plan(read_comparison(file, seeds="7"), file, tmp_path / "out")
+    assert [job.folder.relative_to(tmp_path).as_posix() for job in jobs] == [
+        "out/iid/a/7",
+        "out/dirichlet-0.5/a/7",
+    ]
+    config = jobs[1].config
+    assert (config.train.lr, config.train.local_steps, config.run.seed) == (0.25, 3, 7)
+    assert (jobs[0].config.data.partition, config.data.partition) == ("iid", "dirichlet")
+    assert config.data.path == str(Path("records.csv").resolve())
+    # what the command line reads is what was planned
+    words = jobs[1].command("missing")
+    given = parse_overrides(word for word in words[5:] if "=" in word)
+    assert Config.from_flat(read_toml(tmp_path / "own.toml") | given) == config

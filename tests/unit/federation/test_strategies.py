@@ -1,0 +1,348 @@
+"""Every strategy, adapter, codec and mode in a small federation: results, resume, bytes, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from fedllm.adapters import METHODS
+from fedllm.adapters.export import load_state
+from fedllm.aggregation import RULES
+from fedllm.aggregation.lowrank import LowRank, stack, svd
+from fedllm.aggregation.rule import branches_of, product_of
+from fedllm.config import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES, Config
+from fedllm.errors import ConfigError, RunError
+from fedllm.federation.estimate import estimate
+from fedllm.federation.generate import export_adapter
+from fedllm.federation.plan import check_recipe
+from fedllm.federation.records import ADAPTER, unpack
+from fedllm.models.load import load_base
+from fedllm.privacy.ledger import Ledger
+from fedllm.runs.folder import RunFolder
+from strategies import STRATEGIES as CLASSES
+
+RANK = 3
+PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
+ADAPTER_OF = {"ffa": "ffa", "fed-sb": "fed-sb", "ravan": "ravan", "average": "hydra"}
+
+
+def options(name: str) -> dict[str, Any]:
+    return {"strategy__name": name, "adapter__method": ADAPTER_OF.get(name, "lora"), "adapter__heads": 2}
+
+
+def exported(folder: RunFolder) -> dict[str, LowRank]:
+    """Return module -> the whole exported update."""
+    tensors = load_file(folder.adapter_dir / "adapter_model.safetensors")
+    modules = {key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
+    # exported adapters carry their scale, so PEFT's own is 1
+    return {m: LowRank(tensors[f"{m}.lora_B.weight"], tensors[f"{m}.lora_A.weight"]) for m in sorted(modules)}
+
+
+def interrupted(round: int) -> Any:
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train" and message.metadata.group_id == str(round):
+            raise KeyboardInterrupt
+        return reply
+
+    return tamper
+
+
+def test_names_agree_everywhere() -> None:
+    assert tuple(METHODS) == ADAPTERS
+    assert tuple(RULES) == STRATEGIES
+    assert set(CLASSES) == set(RULES)
+    assert all(CLASSES[name].__name__ == rule.__name__ for name, rule in RULES.items())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_resumes_bit_for_bit(name: str, federate: Any, resume: Any, events: Any) -> None:
+    settings = options(name) | {"federation__rounds": 3, "strategy__oversampling": 6}
+    whole = federate(dir="whole", **settings)
+    assert [event["accepted"] for event in events(whole, "round_finished")] == [3, 3, 3]
+    with pytest.raises(KeyboardInterrupt):
+        federate(interrupted(3), **settings)
+    resumed = resume(whole.path.parent / "run")
+    left, right = (load_state(folder.adapter_dir)[0] for folder in (whole, resumed))
+    assert all(np.array_equal(left.tensors[key], right.tensors[key]) for key in left.tensors)
+    for folder in (whole, resumed):
+        final = [e["accuracy"] for e in events(folder, "evaluated") if e["stage"] == "final"]
+        assert len(final) == 3
+    scores = [
+        sorted((e["site"], e["loss"]) for e in events(folder, "evaluated") if e["stage"] == "final")
+        for folder in (whole, resumed)
+    ]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex", "flexlora", "fedask", "fedsvd", "fedit", "florist"])
+def test_a_round_is_the_weighted_sum_where_the_rule_says_so(name: str, federate: Any) -> None:
+    sent: dict[str, Any] = {}
+
+    def watch(message: Message, reply: Message) -> Message:
+        notes, parts = unpack(reply.content)
+        if message.metadata.message_type == "train":
+            sent[str(notes["site"])] = parts[ADAPTER]
+        return reply
+
+    wide = {"strategy__oversampling": 6, "strategy__energy": 1.0}
+    folder = federate(watch, federation__rounds=1, evaluation__every=0, **options(name), **wide)
+    # the same local training under FLoRA, which adds up everything exactly
+    exact = federate(dir="exact", federation__rounds=1, evaluation__every=0, **options("flora"))
+    if name in ("fedsvd",):
+        return
+    found, sums = exported(folder), exported(exact)
+    start = load_state(federate(dir="start", federation__rounds=1, train__lr=0.0).adapter_dir)
+    assert start
+    for module, total in sums.items():
+        dense = total.up @ total.down
+        ours = found[module].up @ found[module].down
+        left, values, right = svd(total)
+        best = (left[:, :RANK] * values[:RANK]) @ right[:RANK]
+        if name in ("flora", "fedex", "florist"):
+            assert np.allclose(ours, dense, atol=1e-6)
+        elif name in ("flexlora", "fedask"):
+            assert np.allclose(ours, best, atol=1e-6)
+        else:
+            assert not np.allclose(ours, dense, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [n for n, rule in RULES.items() if rule.about.unequal_ranks])
+def test_sites_may_have_ranks_of_their_own(name: str, federate: Any, events: Any) -> None:
+    folder = federate(**options(name), adapter__site_ranks="3,1,2", adapter__alpha=4.0)
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 3]
+    up = {e["site"]: e["bytes_up"] for e in events(folder, "site_reply") if e["round"] == 1}
+    assert up["site-0"] > up["site-2"] > up["site-1"]
+    base = load_base(Config.from_flat({"model.name": "tiny-llama", "model.dtype": "float32"}).model)
+    assert PeftModel.from_pretrained(base, folder.adapter_dir)
+
+
+def test_rolora_sends_half_of_lora_both_ways(federate: Any, events: Any) -> None:
+    lora = federate(dir="lora", federation__rounds=5, adapter__rank=16, **options("fedit"))
+    half = federate(dir="half", federation__rounds=5, adapter__rank=16, **options("rolora"))
+
+    def later(folder: RunFolder) -> list[tuple[int, int]]:
+        return [(e["bytes_up"], e["bytes_down"]) for e in events(folder, "round_finished")][2:4]
+
+    whole, alternating = np.sum(later(lora), axis=0), np.sum(later(half), axis=0)
+    assert (alternating < 0.6 * whole).all(), (alternating, whole)
+
+
+def test_a_site_that_lost_what_it_kept_is_sent_it_again(federate: Any, events: Any, tmp_path: Path) -> None:
+    def lose(message: Message, reply: Message) -> Message:
+        notes, _ = unpack(reply.content)
+        if message.metadata.group_id == "1" and notes["site"] == "site-1":
+            for path in (tmp_path / "run" / "sites" / "site-1" / "kept").iterdir():
+                path.unlink()
+        return reply
+
+    folder = federate(lose, federation__rounds=4, **options("rolora"))
+    bad = [e for e in events(folder, "site_reply") if not e["accepted"]]
+    assert [(e["site"], e["round"]) for e in bad] == [("site-1", 2)]
+    assert "missing here; send it again" in bad[0]["reason"]
+
+
+def test_fedsa_keeps_b_at_its_site_and_exports_one_adapter_a_site(federate: Any, events: Any) -> None:
+    seen: set[str] = set()
+
+    def watch(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "train":
+            seen.add(str(sorted(unpack(reply.content)[1])))
+        return reply
+
+    folder = federate(watch, **options("fedsa"))
+    assert not (folder.adapter_dir / "adapter_model.safetensors").exists()
+    tensors = [
+        load_file(folder.site_dir(name) / "adapter" / "adapter_model.safetensors")
+        for name in ("site-0", "site-1")
+    ]
+    down = [key for key in tensors[0] if "lora_A" in key]
+    up = [key for key in tensors[0] if "lora_B" in key]
+    assert all(np.array_equal(tensors[0][key], tensors[1][key]) for key in down)
+    assert all(not np.array_equal(tensors[0][key], tensors[1][key]) for key in up)
+    with pytest.raises(RunError, match="every site has an adapter of its own; name one with --site"):
+        export_adapter(folder.path, folder.path.parent / "out")
+    assert export_adapter(folder.path, folder.path.parent / "out", site="site-1").is_dir()
+
+
+def test_modes_are_baselines_of_the_same_recipe(federate: Any, events: Any) -> None:
+    alone = federate(dir="alone", federation__mode="local", **options("fedit"))
+    assert all(e["bytes_up"] < 400 for e in events(alone, "site_reply"))
+    assert len([e for e in events(alone, "evaluated") if e["stage"] == "final"]) == 3
+    central = federate(dir="central", federation__mode="central", **options("fedit"))
+    assert [e["accepted"] for e in events(central, "round_finished")] == [1, 1]
+    assert len([e for e in events(central, "evaluated") if e["stage"] == "final"]) == 3
+    # a federation of one site is training on its own records
+    one = {"federation__sites": 1, "adapter__method": "lora"}
+    left = federate(dir="one", strategy__name="fedit", **one)
+    right = federate(dir="one-central", federation__mode="central", strategy__name="fedit", **one)
+    for module, found in exported(left).items():
+        other = exported(right)[module]
+        assert np.allclose(found.up @ found.down, other.up @ other.down, atol=1e-6)
+
+
+@pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4", "topk:0.25", "topk:0.25+int8"])
+def test_codecs_shrink_updates_and_stay_close(codec: str, federate: Any, events: Any) -> None:
+    plain = federate(dir="plain", adapter__rank=16, adapter__layers="")
+    short = federate(dir="short", adapter__rank=16, adapter__layers="", wire__codec=codec)
+
+    def up(folder: RunFolder) -> int:
+        return int(events(folder, "round_finished")[-1]["bytes_up"])
+
+    assert up(short) < 0.65 * up(plain)
+    left, right = (load_state(folder.adapter_dir)[0] for folder in (plain, short))
+    size = np.sqrt(sum(float((v**2).sum()) for v in left.tensors.values()))
+    gap = np.sqrt(sum(float(((left.tensors[k] - right.tensors[k]) ** 2).sum()) for k in left.tensors))
+    assert gap < {"bfloat16": 0.01, "int8": 0.02, "int4": 0.2}.get(codec, 1.0) * size
+    assert (short.site_dir("site-0") / "memory").is_dir()
+
+
+def test_sparse_downloads_follow_flasc(federate: Any, events: Any) -> None:
+    both = {"wire__codec": "topk:0.25", "wire__codec_down": "topk:0.5", "federation__rounds": 3}
+    sparse = federate(dir="sparse", adapter__rank=16, **both)
+    plain = federate(dir="plain", adapter__rank=16, federation__rounds=3)
+    down = [events(folder, "round_finished")[-1]["bytes_down"] for folder in (sparse, plain)]
+    assert down[0] < 0.8 * down[1]
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_server_optimisers_run_and_resume_with_their_moments(
+    optimizer: str, federate: Any, resume: Any
+) -> None:
+    settings = {"federation__rounds": 4, "strategy__server_optimizer": optimizer}
+    whole = federate(dir="whole", **settings)
+    plain = federate(dir="plain", federation__rounds=4)
+    with pytest.raises(KeyboardInterrupt):
+        federate(interrupted(3), **settings)
+    resumed = resume(whole.path.parent / "run")
+    left, right, other = (load_state(folder.adapter_dir)[0] for folder in (whole, resumed, plain))
+    assert all(np.array_equal(left.tensors[key], right.tensors[key]) for key in left.tensors)
+    assert any(not np.array_equal(left.tensors[key], other.tensors[key]) for key in left.tensors)
+
+
+@pytest.mark.parametrize("form", ["cosine", "paper"])
+def test_fedhyper_at_the_sites(form: str, federate: Any) -> None:
+    plain = load_state(federate(dir="plain").adapter_dir)[0]
+    hyper = load_state(federate(train__fedhyper=form).adapter_dir)[0]
+    assert any(not np.array_equal(plain.tensors[key], hyper.tensors[key]) for key in plain.tensors)
+
+
+@pytest.mark.parametrize("basis", ["public-gradient", "gradient", "dp-gradient"])
+def test_gradient_bases(basis: str, federate: Any, events: Any, tmp_path: Path) -> None:
+    public = tmp_path / "public.csv"
+    rows = "\n".join(f"public merchant number {i},{'ab'[i % 2]}" for i in range(30))
+    public.write_text(f"text,label\n{rows}\n")
+    settings: dict[str, Any] = {"adapter__basis": basis, "adapter__basis_records": 6}
+    settings |= {
+        "public-gradient": {"adapter__basis_path": str(public)},
+        "gradient": {"adapter__allow_private_basis": True},
+        "dp-gradient": {**PRIVATE, "adapter__basis_noise": 2.0},
+    }[basis]
+    folder = federate(**settings)
+    (shipped,) = events(folder, "basis_shipped")
+    assert shipped["bytes_up"] > 0
+    assert shipped["bytes_down"] > 3 * shipped["bytes_up"] * 0.9
+    entries = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries() if basis == "dp-gradient" else ()
+    if entries:
+        assert [(e.round, e.steps, e.noise_multiplier) for e in entries][0] == (0, 1, 2.0)
+        last = [e["epsilon"] for e in events(folder, "site_reply") if e["site"] == "site-0"][-1]
+        assert 5.0 < last <= 6.0
+    base = load_base(Config.from_flat({"model.name": "tiny-llama", "model.dtype": "float32"}).model)
+    assert PeftModel.from_pretrained(base, folder.adapter_dir)
+
+
+@pytest.mark.parametrize("name", ["fedsvd", "fedask", "rolora", "ravan", "fedit"])
+def test_private_runs_of_other_strategies(name: str, federate: Any, events: Any) -> None:
+    folder = federate(**PRIVATE, **options(name))
+    assert all(event["accepted"] for event in events(folder, "site_reply"))
+    assert all(5.0 < e["epsilon"] <= 6.0 for e in events(folder, "site_reply") if e["round"] == 2)
+
+
+def test_a_sketch_without_its_second_stage_is_set_aside(federate: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type == "query.project" and unpack(reply.content)[0]["site"] == "site-2":
+            return Message(error=Error(code=0, reason="x"), reply_to=message)
+        return reply
+
+    folder = federate(tamper, **options("fedask"))
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [2, 2]
+
+
+def test_diagnostics_are_logged_in_factors(federate: Any, events: Any) -> None:
+    found = events(federate(**options("fedit")), "diagnosed")
+    assert len(found) == 2
+    assert 0 < found[1]["aggregation_error"] < 1
+    assert 0 < found[1]["rank_energy"] <= 1
+    assert -1 <= found[1]["cosine"] <= 1
+    assert not events(federate(dir="off", strategy__diagnostics=False, **options("fedit")), "diagnosed")
+
+
+def test_diagnosed_error_is_that_of_the_dense_matrices(federate: Any, events: Any) -> None:
+    states: list[Any] = []
+
+    def watch(message: Message, reply: Message) -> Message:
+        return reply
+
+    folder = federate(watch, dir="zero", federation__rounds=1, **options("flexlora"))
+    state, _ = load_state(folder.adapter_dir)
+    total = [product_of(state, branch) for branch in branches_of(state.spec)]
+    assert all(np.isfinite(stack([term], [1.0]).up).all() for term in total)
+    assert not states
+
+
+def test_folded_updates_above_the_cap_are_recompressed_and_said(federate: Any, events: Any) -> None:
+    folder = federate(**options("flora"), federation__rounds=3, strategy__residual_cap=10)
+    texts = [event["text"] for event in events(folder, "warning")]
+    assert any("passed rank 10 and was recompressed" in text for text in texts)
+    assert all(term.rank <= 10 + RANK for term in exported(folder).values())
+
+
+@pytest.mark.parametrize("name", ["fedit", "rolora", "fed-sb", "flora", "fedex", "fedask", "fedsa", "fedsvd"])
+def test_estimates_are_within_a_tenth_of_what_is_sent(name: str, federate: Any, events: Any) -> None:
+    settings = options(name) | {"adapter__rank": 16, "federation__rounds": 3, "strategy__residual_cap": 1000}
+    folder = federate(**settings)
+    values = {
+        "model.name": "tiny-llama",
+        "adapter.layers": "1",
+        "data.source": "mcc",
+        "federation.sites": 3,
+    } | {key.replace("__", "."): value for key, value in settings.items()}
+    guess = estimate(Config.from_flat(values))
+    later = events(folder, "round_finished")[1:]
+    assert guess.bytes_up == pytest.approx(np.mean([e["bytes_up"] for e in later]) / 3, rel=0.1)
+    assert guess.bytes_down == pytest.approx(np.mean([e["bytes_down"] for e in later]) / 3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"strategy.name": "fedit"}, "strategy.name=fedit is defined for adapter.method=lora or hydra"),
+        ({"strategy.name": "fed-sb", "adapter.method": "ffa"}, "defined for adapter.method=fed-sb"),
+        ({"adapter.rank": 4, "adapter.site_ranks": "2,4"}, "needs one rank at all sites; fedit, flora"),
+        (
+            {"adapter.method": "lora", "strategy.name": "fedit", "strategy.server_optimizer": "fedadam"},
+            "momentum on A and B apart is not well-defined",
+        ),
+        ({"strategy.server_lr": 0.5}, "strategy.server_optimizer=none has no learning rate"),
+        (
+            {"adapter.method": "lora", "strategy.name": "flora", "wire.codec": "topk:0.1"},
+            "factors with holes",
+        ),
+        ({"adapter.method": "lora", "strategy.name": "flora", "train.fedhyper": "cosine"}, "train.fedhyper"),
+        (
+            {"adapter.method": "ia3", "privacy.enabled": True, "privacy.epsilon": 1},
+            "no per-example gradients",
+        ),
+        ({"wire.codec": "int7"}, "wire.codec: unknown codec 'int7'"),
+        ({"wire.codec_down": "topk:2"}, "wire.codec_down: "),
+    ],
+)
+def test_combinations_that_cannot_hold_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_recipe(Config.from_flat(values))
+    assert message in str(caught.value)
