@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from fedllm.cli import compare, data, models, recipes, runs
+from fedllm.cli import methods as catalogue
 from fedllm.errors import FedllmError
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app.command("check")(recipes.check)
 app.command("ls")(recipes.list_recipes)
 app.command("cp")(recipes.copy)
 app.command("settings")(recipes.settings)
+app.command("methods")(catalogue.methods)
+app.command("bytes")(catalogue.compare_bytes)
 app.command("show")(runs.show)
 app.command("report")(runs.report)
 app.command("generate")(runs.generate)

@@ -158,10 +158,12 @@ def _print_result(folder: Path) -> None:
     from fedllm.runs.folder import open_run
     from fedllm.runs.metrics import write_metrics
     from fedllm.runs.report import write_report
+    from fedllm.runs.traffic import write_traffic
 
     run = open_run(folder)
     # the server's processes may have been stopped while they wrote their pages
     write_metrics(run)
+    write_traffic(run)
     write_report(run)
     console.print()
     console.print(final_table([(folder.name, read_events(run))]))
@@ -188,9 +190,11 @@ def report(run: Folder) -> None:
     from fedllm.runs.folder import open_run
     from fedllm.runs.metrics import write_metrics
     from fedllm.runs.report import write_report
+    from fedllm.runs.traffic import write_traffic
 
     folder = open_run(run)
     write_metrics(folder)
+    write_traffic(folder)
     print(write_report(folder))
 
 

@@ -36,19 +36,17 @@ class SiteEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Cost of a recipe.
+class BytesEstimate:
+    """What a recipe's adapter costs on the wire, for one site of full rank.
 
     Attributes
     ----------
+    modules, trained : int
+        Adapted matrices; trained numbers, an encoder's head included.
     bytes_up, bytes_down : int
-        Serialised bytes of one site of full rank in one round after the first, in the mean of two.
+        Serialised bytes in one round after the first, in the mean of two.
     one_off : int
-        Bytes one site gets once (names and shapes, a shipped basis).
-    memory_mib : int
-        Weights, adapter, optimiser and one micro-batch's activations of one site, roughly.
-    sites : tuple[SiteEstimate, ...]
-        Empty where the records are known at real sites alone.
+        Bytes it gets once (names and shapes, a shipped basis).
     """
 
     modules: int
@@ -56,6 +54,20 @@ class Estimate:
     bytes_up: int
     bytes_down: int
     one_off: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(BytesEstimate):
+    """Cost of a recipe.
+
+    Attributes
+    ----------
+    memory_mib : int
+        Weights, adapter, optimiser and one micro-batch's activations of one site, roughly.
+    sites : tuple[SiteEstimate, ...]
+        Empty where the records are known at real sites alone.
+    """
+
     memory_mib: int
     sites: tuple[SiteEstimate, ...]
 
@@ -68,28 +80,52 @@ def estimate(config: Config) -> Estimate:
     FedllmError
         If the recipe's model, data or privacy settings cannot be used.
     """
-    check_recipe(config)
-    spec = adapter_spec(config)
-    rule, seed = make_rule(config), basis_seed(config)
-    state = METHODS[spec.method].initial_state(spec, seed=seed)
-    # the second and third round: what is kept from before is not sent again, and factors alternate
-    rounds = [_round(config, rule, state, round) for round in (2, 3)]
-    one_off = wire_size(pack({"spec": spec.to_json()}))
-    if spec.basis == "shipped:":
-        one_off += 4 * spec.rank * sum(out + into for out, into in spec.shapes.values())
+    found = estimate_bytes(config)
     sites: tuple[SiteEstimate, ...] = ()
     if config.data.source != "file" or config.data.path:
         names = site_names(config.data, sites=config.federation.sites)
         sites = tuple(_site(config, name, index) for index, name in enumerate(names))
-    return Estimate(
+    return Estimate(**vars(found), memory_mib=_memory(config, found.trained), sites=sites)
+
+
+def estimate_bytes(config: Config) -> BytesEstimate:
+    """Return the bytes of a recipe's adapter, from the model's shapes alone.
+
+    Raises
+    ------
+    FedllmError
+        If the recipe's model or adapter settings cannot be used.
+    """
+    check_recipe(config)
+    spec = adapter_spec(config)
+    rule = make_rule(config)
+    state = METHODS[spec.method].initial_state(spec, seed=basis_seed(config))
+    # two rounds: what is kept from before is not sent again, and factors alternate
+    rounds = [_round(config, rule, state, round) for round in (2, 3)]
+    one_off = wire_size(pack({"spec": spec.to_json()}))
+    if spec.basis == "shipped:":
+        one_off += 4 * spec.rank * sum(out + into for out, into in spec.shapes.values())
+    return BytesEstimate(
         modules=len(spec.shapes),
         trained=state.size,
         bytes_up=sum(up for up, _ in rounds) // len(rounds),
         bytes_down=sum(down for _, down in rounds) // len(rounds),
         one_off=one_off,
-        memory_mib=_memory(config, state.size),
-        sites=sites,
     )
+
+
+def break_even(ours: BytesEstimate, other: BytesEstimate) -> str:
+    """Say from which round on one of two adapters has moved fewer bytes in all."""
+    more = ours.one_off - other.one_off
+    saved = other.bytes_up + other.bytes_down - ours.bytes_up - ours.bytes_down
+    if saved == 0:
+        return "Both move the same number of bytes a round."
+    rounds = more / saved
+    if rounds <= 0:
+        first = "This recipe" if saved > 0 else "The other one"
+        return f"{first} moves fewer bytes from the first round on."
+    first = "this recipe" if saved > 0 else "the other one"
+    return f"Break-even after {rounds:.1f} rounds: from then on {first} has moved fewer bytes in all."
 
 
 def _round(config: Config, rule: Rule, state: AdapterState, round: int) -> tuple[int, int]:

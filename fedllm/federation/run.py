@@ -334,19 +334,12 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
     RunError
         If no site could make it.
     """
-    up = down = 0
     with_core = run.config.adapter.basis in WITH_CORE
     if run.basis is None:
         for name in sorted(run.peers):
             peer = run.peers[name]
-            (reply,) = exchange(
-                grid,
-                [(peer, pack(run.notes(peer)))],
-                kind="query.make_basis",
-                group="0",
-                deadline=run.config.federation.deadline,
-            )
-            up, down = up + reply.bytes_up, down + reply.bytes_down
+            asked = [(peer, pack(run.notes(peer)))]
+            (reply,) = counted(run, grid, asked, stage="basis", kind="query.make_basis", round=0)
             if not reply.reason and BASIS in reply.parts:
                 run.basis = read_basis(reply.parts[BASIS], run.spec, with_core=with_core)
                 break
@@ -364,15 +357,10 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
         return
     payload = save(run.basis.tensors)
     contents = [(peer, pack(run.notes(peer), {BASIS: payload})) for peer in lacking]
-    replies = exchange(
-        grid, contents, kind="query.keep_basis", group="0", deadline=run.config.federation.deadline
-    )
-    for reply in replies:
-        up, down = up + reply.bytes_up, down + reply.bytes_down
+    for reply in counted(run, grid, contents, stage="basis", kind="query.keep_basis", round=0):
         if reply.reason:
             append_event(
                 run.folder, "warning", text=f"{reply.peer.name} did not take the basis: {reply.reason}"
             )
         else:
             run.holders.add(reply.peer.name)
-    append_event(run.folder, "basis_shipped", bytes_up=up, bytes_down=down)

@@ -22,6 +22,7 @@ from fedllm.runs.folder import RunFolder, create_run, load_config, open_run
 from fedllm.runs.manifest import write_manifest
 from fedllm.runs.metrics import write_metrics
 from fedllm.runs.report import write_report
+from fedllm.runs.traffic import write_traffic
 
 
 def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
@@ -107,6 +108,7 @@ def _record_failure(folder: RunFolder, error: BaseException) -> None:
 def _write_pages(folder: RunFolder) -> None:
     try:
         write_metrics(folder)
+        write_traffic(folder)
         write_report(folder)
     except (OSError, FedllmError) as error:
         print(f"the report could not be written: {error}")

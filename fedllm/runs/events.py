@@ -37,7 +37,6 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
             "versions": dict,
         },
         "site_joined": {"site": str, "node": int, "simulated": bool},
-        "basis_shipped": {"bytes_up": int, "bytes_down": int},
         "round_started": {"round": int, "sites": list},
         "site_reply": {
             "round": int,

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedllm.adapters import METHODS as ADAPTERS
 from fedllm.config import Config
 from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
@@ -18,9 +19,10 @@ from fedllm.runs.metrics import WITHHELD, RoundMetrics, Row, mean, metrics_withh
 from fedllm.runs.plots import bytes_plot, epsilon_plot, metric_plot
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.template import TEMPLATE
+from fedllm.runs.traffic import STAGES, flowertune_mib, totals, traffic
 
 UNKNOWN = "n/a"
-METHODS = {"lora": "LoRA", "ffa": "FFA-LoRA", "fed-sb": "Fed-SB"}
+METHODS = {name: method.title for name, method in ADAPTERS.items()}
 STATUS = {
     "run_started": "running",
     "run_resumed": "running",
@@ -113,6 +115,8 @@ def render_report(
         absent=(WITHHELD, UNKNOWN),
         private=config.privacy.enabled,
         sites_note=_sites_note(config, withheld=withheld),
+        traffic=_traffic_rows(events),
+        flowertune=f"{flowertune_mib(traffic(events)):,.2f}",
         set_aside=[reply for reply in replies if not reply["accepted"]],
         warnings=[event["text"] for event in events if event["event"] == "warning"],
         privacy=privacy_statement(
@@ -282,9 +286,8 @@ def _tiles(
     absent: str,
 ) -> list[tuple[str, str]]:
     total = _total(sites)
-    shipped = [event for event in events if event["event"] == "basis_shipped"]
-    traffic = total.bytes_up + total.bytes_down
-    basis = sum(event["bytes_up"] + event["bytes_down"] for event in shipped)
+    sums = totals(traffic(events))
+    basis = sum(sums.get("basis", (0, 0)))
     finished = sum(metrics.federation.seconds is not None for metrics in rounds)
     final = total.final_accuracy
     tiles = [
@@ -294,10 +297,19 @@ def _tiles(
     ]
     if config.privacy.enabled:
         tiles.append(("Largest epsilon", _epsilon(total.epsilon, config)))
-    tiles.append(("Bytes of all rounds", _bytes(traffic)))
+    tiles.append(("Bytes of all rounds", _bytes(sum(sums.get("training", (0, 0))))))
     if basis:
         tiles.append(("One-off basis", _bytes(basis)))
     return tiles
+
+
+def _traffic_rows(events: Sequence[Event]) -> list[tuple[str, str, str]]:
+    """Return what it was, bytes from the sites, bytes to the sites, and their sums."""
+    sums = totals(traffic(events))
+    rows = [(STAGES.get(stage, stage), up, down) for stage, (up, down) in sums.items()]
+    if rows:
+        rows.append(("in all", sum(up for _, up, _ in rows), sum(down for _, _, down in rows)))
+    return [(name, f"{up:,}", f"{down:,}") for name, up, down in rows]
 
 
 def _plots(config: Config, metrics: Sequence[RoundMetrics], *, withheld: bool) -> list[Plot]:

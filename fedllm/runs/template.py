@@ -150,6 +150,18 @@ code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 <p class="note">{{ sites_note }}</p>
 {% else %}<p class="muted">No site has joined yet.</p>{% endif %}
 
+<h2>Traffic</h2>
+{% if traffic %}
+<div class="card"><table>
+<thead><tr><th>What</th><th class="num">bytes from sites</th><th class="num">bytes to sites</th></tr></thead>
+<tbody>
+{% for name, up, down in traffic %}<tr><th scope="row">{{ name }}</th><td class="num">{{ up }}</td>
+<td class="num">{{ down }}</td></tr>
+{% endfor %}</tbody></table></div>
+<p class="note">As serialised, all sites together. FlowerTune's counter (training messages, both ways):
+{{ flowertune }} MiB.</p>
+{% else %}<p class="muted">None yet.</p>{% endif %}
+
 <h2>Replies set aside</h2>
 {% if set_aside %}
 <div class="card aside"><table>

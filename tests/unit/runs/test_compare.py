@@ -57,7 +57,9 @@ def finished(make_run: MakeRun, reply: Callable[..., None]) -> Finished:
         metric: str = "accuracy",
     ) -> Outcome:
         folder = make_run(f"{group}-{method}-{seed}")
-        append_event(folder, "basis_shipped", bytes_up=7 * sent, bytes_down=3 * sent)
+        append_event(
+            folder, "traffic", stage="basis", round=0, site="site-0", bytes_up=7 * sent, bytes_down=3 * sent
+        )
         for round in (1, 2):
             append_event(folder, "round_started", round=round, sites=["s0", "s1"])
             for site in ("s0", "s1"):

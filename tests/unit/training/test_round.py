@@ -14,9 +14,9 @@ from fedllm.errors import PrivacyError
 from fedllm.privacy.noise import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training import round as round_module
-from fedllm.training.round import RoundResult, evaluate, train_round
 from fedllm.training.forward import record_losses
 from fedllm.training.hyper import ClientRate
+from fedllm.training.round import RoundResult, evaluate, train_round
 from fedllm.training.session import Session, SiteTokens, open_session, tokenise
 from fedllm.training.spec import adapter_spec, basis_from_seed
 from fedllm.training.steps import learning_rate, private_gradients
