@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inspect import getdoc
+from pathlib import Path
 
 from fedllm.adapters import METHODS
 from fedllm.aggregation import OPTIMIZERS, RULES
@@ -94,3 +95,15 @@ def _codecs() -> Section:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def write_docs(page: Path) -> None:
+    """Rewrite the generated part of a Markdown page."""
+    begin, end = "<!-- catalogue: begin", "<!-- catalogue: end -->"
+    text = page.read_text(encoding="utf-8")
+    start = text.index("\n", text.index(begin)) + 1
+    page.write_text(text[:start] + "\n" + markdown() + "\n" + text[text.index(end) :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_docs(Path(__file__).parents[2] / "docs" / "methods.md")

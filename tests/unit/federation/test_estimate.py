@@ -1,0 +1,115 @@
+"""Bytes before anything runs: the papers' counts and ratios, and the page that lists all methods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedllm.config import Config
+from fedllm.federation.catalogue import catalogue, markdown, write_docs
+from fedllm.federation.estimate import break_even, estimate_bytes
+
+ROOT = Path(__file__).parents[3]
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-3.2-3b": {
+        "model_type": "llama",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+    },
+    "mistral-7b": {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32000,
+    },
+    "gemma-2-9b": {
+        "model_type": "gemma2",
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "vocab_size": 256000,
+    },
+}
+FED_SB = {"adapter.method": "fed-sb", "strategy.name": "fed-sb", "adapter.rank": 200}
+FEDIT = {"adapter.method": "lora", "strategy.name": "fedit", "adapter.rank": 32}
+
+
+def settings(model: str, tmp_path: Path, **values: Any) -> Config:
+    folder = tmp_path / model
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(MODELS[model]))
+    dotted = {key.replace("__", "."): value for key, value in values.items()}
+    return Config.from_flat({"model.path": str(folder), "data.source": "file"} | dotted)
+
+
+# specs: numbers of R at rank 200, of LoRA at rank 32, and their ratio
+@pytest.mark.parametrize(
+    ("model", "core", "lora", "ratio"),
+    [
+        ("llama-3.2-3b", 7_840_000, 48_627_712, 6.2),
+        ("mistral-7b", 8_960_000, 83_886_080, 9.4),
+        ("gemma-2-9b", 11_760_000, 108_036_096, 9.2),
+    ],
+)
+def test_counts_and_ratios_of_the_papers(
+    model: str, core: int, lora: int, ratio: float, tmp_path: Path
+) -> None:
+    ours = estimate_bytes(settings(model, tmp_path).replace(**_underscored(FED_SB)))
+    theirs = estimate_bytes(settings(model, tmp_path).replace(**_underscored(FEDIT)))
+    assert (ours.trained, theirs.trained) == (core, lora)
+    assert theirs.bytes_up / ours.bytes_up == pytest.approx(ratio, abs=0.06)
+
+
+def test_the_230_of_the_paper_is_against_stacking_25_clients(tmp_path: Path) -> None:
+    base = settings("gemma-2-9b", tmp_path)
+    ours = estimate_bytes(base.replace(**_underscored(FED_SB)))
+    flora = {"adapter.method": "lora", "strategy.name": "flora", "adapter.rank": 32, "federation.sites": 25}
+    stacked = estimate_bytes(base.replace(**_underscored(flora)))
+    assert stacked.bytes_down / ours.bytes_down == pytest.approx(229.7, rel=0.01)
+
+
+def test_break_even_of_a_shipped_basis_and_of_a_seeded_one(tmp_path: Path) -> None:
+    base = settings("mistral-7b", tmp_path)
+    theirs = estimate_bytes(base.replace(**_underscored(FEDIT)))
+    shipped = estimate_bytes(base.replace(**_underscored(FED_SB), adapter__basis="public-svd"))
+    seeded = estimate_bytes(base.replace(**_underscored(FED_SB)))
+    assert "Break-even after 3.5 rounds" in break_even(shipped, theirs)
+    assert break_even(shipped, theirs) == break_even(theirs, shipped).replace("the other one", "this recipe")
+    assert "This recipe moves fewer bytes from the first round on" in break_even(seeded, theirs)
+    assert shipped.one_off - seeded.one_off > 2_000_000_000
+    assert "same number" in break_even(theirs, theirs)
+
+
+def test_the_docs_hold_the_catalogue(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "methods.md"
+    copy = tmp_path / "methods.md"
+    copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    write_docs(copy)
+    assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
+        "run `python -m fedllm.federation.catalogue`"
+    )
+    assert markdown() in page.read_text(encoding="utf-8")
+    names = [row[0] for _, _, rows in catalogue() for row in rows]
+    for name in ("fedit", "ffa", "rolora", "fed-sb", "ravan", "hydra", "fedsa", "flora", "fedex", "flexlora",
+                 "florist", "raflora", "hetlora", "lora-fair", "fedrot", "fedsvd", "fedask", "fedavgm",
+                 "fedadam", "fedyogi", "fedadagrad", "nesterov", "fedhyper", "int8", "int4", "topk"):  # fmt: skip
+        assert name in names, name
+
+
+def _underscored(values: dict[str, Any]) -> dict[str, Any]:
+    return {key.replace(".", "__"): value for key, value in values.items()}
