@@ -29,8 +29,8 @@ demo: $(VENV)/.installed ## four hospitals fine-tune a language model, privately
 	$(BIN)/fedllm show $(RUNS)/demo-$(STAMP)/private $(RUNS)/demo-$(STAMP)/open
 	@echo "reports: $(RUNS)/demo-$(STAMP)/private/report.html and $(RUNS)/demo-$(STAMP)/open/report.html"
 
-test: $(VENV)/.installed ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed ## the whole test suite, two tests at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed ## lint, format, types, spelling, import directions
 	$(BIN)/ruff check .

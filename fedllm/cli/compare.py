@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
@@ -39,6 +40,13 @@ SHOWN = ("method", "accuracy %", "macro-F1 %", "worst site %", "run total", "eps
 OWN = ("run.seed", "run.dir", "run.resume")
 #: Seconds an interrupted run gets to write down where it stopped.
 GRACE_SECONDS = 20
+#: What every run imports.
+PRELOADED = (
+    "fedllm.cli.app",
+    "fedllm.federation.inprocess",
+    "fedllm.runs.report",
+    "transformers.models.auto",
+)
 
 
 @dataclass(frozen=True)
@@ -118,10 +126,9 @@ class Job:
         return "finished" if done else "unfinished"
 
     def command(self, state: str) -> list[str]:
-        """Return the command that runs it, or goes on with it where it is unfinished."""
+        """Return the words of ``fedllm`` that run it, or go on with it where it is unfinished."""
         words = [f"run.resume={self.folder}"] if state == "unfinished" else _words(self.changes)
-        head = [sys.executable, "-m", "fedllm.cli.app", "run", str(self.recipe)]
-        return [*head, *words, "--engine", "process"]
+        return ["run", str(self.recipe), *words, "--engine", "process"]
 
 
 def compare(
@@ -180,7 +187,7 @@ def compare(
     if dry_run:
         for job in wanted:
             state = states[job.name]
-            text = "" if state == "finished" else f": {shlex.join(job.command(state))}"
+            text = "" if state == "finished" else f": {shlex.join(['fedllm', *job.command(state)])}"
             console.print(f"{state:>10}  {job.name}{text}", soft_wrap=True, markup=False)
         return
     failures = _run_all([job for job in wanted if states[job.name] != "finished"], states)
@@ -305,23 +312,34 @@ def _run(job: Job, state: str) -> str:
     if state == "changed":
         shutil.rmtree(job.folder)
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("wb") as log:
-        process = subprocess.Popen(
-            job.command(state), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # a terminal interrupts both
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-            raise
+    # forked from a process that has imported everything once: imports take longer than a small run
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    process = context.Process(target=run_logged, args=(job.command(state), str(job.log)))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        # a terminal interrupts both
+        process.join(GRACE_SECONDS)
+        process.terminate()
+        raise
+    code = process.exitcode
     if code == 0:
         return ""
     said = [line for line in job.log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
     return said[-1].removeprefix("error: ") if said else f"ended with exit code {code}; see {job.log}"
+
+
+def run_logged(words: list[str], log: str) -> None:
+    """Run ``fedllm`` with these words in this process, all it prints going to a file."""
+    from fedllm.cli.app import main
+
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    sys.argv = ["fedllm", *words]
+    main()
 
 
 def _write(comparison: Comparison, jobs: Sequence[Job], folder: Path, *, source: bytes) -> None:

@@ -6,12 +6,14 @@ Relation: add or remove one record. Sampler: Poisson. A site's epsilon follows f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import dp_accounting
 from dp_accounting import pld
+from scipy.optimize import brentq
 
 from fedllm.errors import PrivacyError
 
@@ -19,6 +21,7 @@ RELATION = "add-or-remove-one"
 SAMPLER = "Poisson"
 ACCOUNTANT = "dp-accounting PLD"
 _FINE, _COARSE = 1e-4, 1e-3
+_LEAST = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -70,7 +73,8 @@ def calibrate(
 ) -> float:
     """Return the smallest noise multiplier whose epsilon after all steps is at most ``target``.
 
-    Searched on a 1e-3 grid by bisection and then confirmed on the 1e-4 grid.
+    Brent's method finds it to 0.1 % on a 1e-3 grid, in logarithms, where the curve is nearly a
+    straight line; then it is raised until the 1e-4 grid confirms it.
 
     Parameters
     ----------
@@ -87,17 +91,22 @@ def calibrate(
     def reached(sigma: float, grid: float) -> float:
         return _epsilon(tuple(sorted((*held, (sigma, sample_rate, steps)))), delta, grid)
 
-    low, high = 0.05, 0.4
+    def excess(log_sigma: float) -> float:
+        return math.log(max(reached(math.exp(log_sigma), _COARSE), 1e-9) / target)
+
+    low, high = 0.2, 0.4
     while reached(high, _COARSE) > target:
         low, high = high, 2 * high
         if high > 1000:
             raise PrivacyError(f"no noise multiplier reaches epsilon {target:g} in {steps} more steps.")
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle, _COARSE) <= target else (middle, high)
-    while reached(high, _FINE) > target:
-        high *= 1.002
-    return high
+    while reached(low, _COARSE) <= target:
+        if low < _LEAST:
+            return low
+        low, high = low / 2, low
+    sigma = math.exp(brentq(excess, math.log(low), math.log(high), xtol=5e-4))
+    while reached(sigma, _FINE) > target:
+        sigma *= 1.001
+    return sigma
 
 
 def require_delta(delta: float, *, records: int, site: str) -> None:

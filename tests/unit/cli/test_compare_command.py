@@ -218,5 +218,5 @@ def test_every_cell_runs_in_every_group_with_its_settings(tmp_path: Path) -> Non
     assert config.data.path == str(Path("records.csv").resolve())
     # what the command line reads is what was planned
     words = jobs[1].command("missing")
-    given = parse_overrides(word for word in words[5:] if "=" in word)
+    given = parse_overrides(word for word in words[2:] if "=" in word)
     assert Config.from_flat(read_toml(tmp_path / "own.toml") | given) == config
