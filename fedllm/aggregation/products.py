@@ -44,12 +44,11 @@ class ProductRule(Rule):
     def combine(self, current: AdapterState, updates: Iterable[Update], *, round: int) -> Outcome:
         held = list(updates)
         weights = [update.weight for update in held]
-        found: Products = {
-            branch: self.merge(terms, weights, rank=current.spec.rank) for branch, terms in by_branch(held)
-        }
-        return Outcome(
-            state=current.with_tensors({**current.tensors, **factors(current.spec, found), **rest_mean(held)})
-        )
+        tensors: dict[str, Matrix] = {**current.tensors, **rest_mean(held)}
+        for branch, terms in by_branch(held):
+            # one branch at a time in float64
+            tensors |= factors(current.spec, {branch: self.merge(terms, weights, rank=current.spec.rank)})
+        return Outcome(state=current.with_tensors(tensors))
 
 
 class FedIT(ProductRule):
@@ -224,7 +223,7 @@ class FedEx(ProductRule):
         held = list(updates)
         outcome = super().combine(current, held, round=round)
         weights = [update.weight for update in held]
-        missing = {branch[0]: centred_residual(terms, weights) for branch, terms in by_branch(held)}
+        missing = {b[0]: _stored(centred_residual(terms, weights)) for b, terms in by_branch(held)}
         return Outcome(state=outcome.state, folded=missing if len(held) > 1 else None)
 
 
@@ -264,7 +263,8 @@ class FLoRA(ProductRule):
         held = list(updates)
         weights = [update.weight for update in held]
         sums = {
-            branch[0]: self.merge(terms, weights, rank=current.spec.rank) for branch, terms in by_branch(held)
+            branch[0]: _stored(self.merge(terms, weights, rank=current.spec.rank))
+            for branch, terms in by_branch(held)
         }
         return Outcome(state=current.with_tensors({**current.tensors, **rest_mean(held)}), folded=sums)
 
@@ -388,3 +388,7 @@ def by_branch(updates: Sequence[Update]) -> Iterable[tuple[Branch, list[LowRank]
         raise RunError("cannot aggregate 0 states.")
     for branch in branches_of(updates[0].state.spec):
         yield branch, [product_of(update.state, branch) for update in updates]
+
+
+def _stored(term: LowRank) -> tuple[Matrix, Matrix]:
+    return term.up.astype(np.float32), term.down.astype(np.float32)

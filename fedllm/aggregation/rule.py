@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from fedllm.adapters import METHODS
+from fedllm.adapters.layers import Factors
 from fedllm.adapters.method import HEAD
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.aggregation.average import Mean
@@ -109,12 +110,12 @@ class Outcome:
     ----------
     state : AdapterState
         The next global adapter.
-    folded : Mapping[str, LowRank] or None
-        Module path -> low-rank update to fold into the frozen base at every site.
+    folded : Factors or None
+        Module path -> (U, D), float32, to fold into the frozen base at every site.
     """
 
     state: AdapterState
-    folded: Mapping[str, LowRank] | None = None
+    folded: Factors | None = None
 
 
 class Rule(ABC):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ from safetensors.numpy import load, save
 
 from fedllm.adapters.layers import Factors
 from fedllm.adapters.state import AdapterSpec
-from fedllm.aggregation.lowrank import LowRank
 from fedllm.errors import MismatchError, WireError
 from fedllm.federation.records import Parts
 
@@ -69,12 +68,12 @@ class BlobStore:
         return found
 
 
-def pack_factors(found: Mapping[str, LowRank]) -> bytes:
+def pack_factors(found: Factors) -> bytes:
     """Serialise low-rank updates of modules, float32."""
     tensors = {}
-    for module, term in found.items():
-        tensors[f"{module}.U"] = np.ascontiguousarray(term.up, dtype=np.float32)
-        tensors[f"{module}.D"] = np.ascontiguousarray(term.down, dtype=np.float32)
+    for module, (up, down) in found.items():
+        tensors[f"{module}.U"] = np.ascontiguousarray(up, dtype=np.float32)
+        tensors[f"{module}.D"] = np.ascontiguousarray(down, dtype=np.float32)
     return save(tensors)
 
 

@@ -19,7 +19,7 @@ from fedllm.models.load import load_config
 from fedllm.models.shapes import count_parameters
 from fedllm.privacy.accounting import epsilon
 from fedllm.privacy.plan import PrivacyPlan, make_plan
-from fedllm.training.spec import adapter_spec, basis_seed
+from fedllm.training.spec import adapter_spec
 from fedllm.wire import encode
 
 _BYTES_A_WEIGHT = {"4bit": 0.6, "8bit": 1.1}
@@ -99,7 +99,8 @@ def estimate_bytes(config: Config) -> BytesEstimate:
     check_recipe(config)
     spec = adapter_spec(config)
     rule = make_rule(config)
-    state = METHODS[spec.method].initial_state(spec, seed=basis_seed(config))
+    shapes = METHODS[spec.method].trained_shapes(spec)
+    state = AdapterState(spec, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
     # two rounds: what is kept from before is not sent again, and factors alternate
     rounds = [_round(config, rule, state, round) for round in (2, 3)]
     one_off = wire_size(pack({"spec": spec.to_json()}))
@@ -121,7 +122,7 @@ def break_even(ours: BytesEstimate, other: BytesEstimate) -> str:
     if saved == 0:
         return "Both move the same number of bytes a round."
     rounds = more / saved
-    if rounds <= 0:
+    if rounds < 1:
         first = "This recipe" if saved > 0 else "The other one"
         return f"{first} moves fewer bytes from the first round on."
     first = "this recipe" if saved > 0 else "the other one"

@@ -44,7 +44,7 @@ class Folded:
     spec: AdapterSpec
     pieces: list[Piece] = field(default_factory=list)
 
-    def add(self, found: Mapping[str, LowRank], *, cap: int) -> float:
+    def add(self, found: Factors, *, cap: int) -> float:
         """Add an update; above the cap all are recompressed to it. Return the energy's share lost.
 
         Recompressed is the sum: the best approximation of that rank of each module.
@@ -56,7 +56,7 @@ class Folded:
         compressed = {}
         for module, (up, down) in self.factors().items():
             total = truncate(LowRank(up.astype(np.float64), down.astype(np.float64)))
-            compressed[module] = LowRank(total.up[:, :cap], total.down[:cap])
+            compressed[module] = (total.up[:, :cap].astype(np.float32), total.down[:cap].astype(np.float32))
             energies = (total.up**2).sum(axis=0)
             lost, whole = lost + energies[cap:].sum(), whole + energies.sum()
         self.pieces = [_piece(compressed)]
@@ -141,7 +141,7 @@ def read_update(
     return sent.with_tensors({key: start.tensors[key] + value for key, value in sent.tensors.items()})
 
 
-def _piece(found: Mapping[str, LowRank]) -> Piece:
+def _piece(found: Factors) -> Piece:
     payload = pack_factors(found)
-    rank = max((term.rank for term in found.values()), default=0)
+    rank = max((up.shape[1] for up, _ in found.values()), default=0)
     return Piece(digest=digest(payload), payload=payload, rank=rank)

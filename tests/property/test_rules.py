@@ -99,8 +99,8 @@ def whole_products(name: str, outcome: Outcome) -> dict[tuple[str, str, str], np
         dense = term.up @ term.down
         if outcome.folded is not None and branch[0] in outcome.folded:
             # a rule that restarts its sites has folded the whole change
-            folded = outcome.folded[branch[0]]
-            dense = folded.up @ folded.down + (0 if make_rule(name).plan(state.spec, 1).restart else dense)
+            up, down = outcome.folded[branch[0]]
+            dense = up @ down + (0 if make_rule(name).plan(state.spec, 1).restart else dense)
         found[branch] = dense
     return found
 

@@ -11,9 +11,7 @@ from fedllm.runs.traffic import flowertune_mib, totals, traffic, write_traffic
 def test_everything_is_counted_once(make_run: Any, reply: Any) -> None:
     run = make_run()
     for stage, up, down in (("hello", 10, 100), ("basis", 0, 5000), ("evaluation", 20, 700)):
-        append_event(
-            run, "traffic", stage=stage, round=0, site="north", bytes_up=up, bytes_down=down
-        )
+        append_event(run, "traffic", stage=stage, round=0, site="north", bytes_up=up, bytes_down=down)
     for round in (1, 2):
         reply(run, round, "north", accepted=round == 1, bytes_up=2**20, bytes_down=3 * 2**20)
         # sums of replies, not further traffic
