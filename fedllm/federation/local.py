@@ -200,6 +200,11 @@ def _aligned(config: Config, plan: RoundPlan, start: AdapterState, trained: Adap
     return trained.updated(trained.with_tensors(factors(trained.spec, turned)))
 
 
+def named_payloads(notes: Notes) -> set[str]:
+    """Return the digests of all payloads a message builds on; a site keeps these and no others."""
+    return {*_groups(notes).values(), *texts(notes, "folded")}
+
+
 def _groups(notes: Notes) -> dict[str, str]:
     """Return matrix name -> digest of the groups a message names."""
     try:

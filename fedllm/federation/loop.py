@@ -19,9 +19,9 @@ from fedllm.aggregation.diagnostics import diagnose
 from fedllm.aggregation.rule import branches_of, product_of, start_for, trained_names
 from fedllm.errors import FedllmError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
-from fedllm.federation.local import restart_state
+from fedllm.federation.local import named_payloads, restart_state
 from fedllm.federation.outgoing import read_update
-from fedllm.federation.records import ADAPTER, number, pack, text, texts
+from fedllm.federation.records import ADAPTER, number, pack, text
 from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
 from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
@@ -164,9 +164,9 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
         group=str(round),
         deadline=run.config.federation.deadline,
     )
-    for peer, notes, parts in messages:
-        named = {*texts(notes, "folded"), *(name for name in parts if name != ADAPTER)}
-        run.kept.setdefault(peer.name, set()).update(named)
+    for (peer, notes, _), reply in zip(messages, replies, strict=True):
+        if not reply.reason:
+            run.kept[peer.name] = named_payloads(notes)
     plan = run.plan(round)
     if plan.sketch:
         replies = second_stage(run, grid, replies, round)

@@ -45,11 +45,16 @@ class Spend:
 
 def epsilon(spends: Iterable[Spend], *, delta: float) -> float:
     """Return the epsilon of all spends together, an upper bound by PLD on a 1e-4 grid."""
+    return _epsilon(_merged(spends), delta, _FINE)
+
+
+def _merged(spends: Iterable[Spend]) -> tuple[tuple[float, float, int], ...]:
+    """Return (noise multiplier, sample rate, steps) of equal spends together, in order."""
     merged: dict[tuple[float, float], int] = {}
     for spend in spends:
         key = (spend.noise_multiplier, spend.sample_rate)
         merged[key] = merged.get(key, 0) + spend.steps
-    return _epsilon(tuple(sorted((s, q, n) for (s, q), n in merged.items() if n)), delta, _FINE)
+    return tuple(sorted((sigma, rate, steps) for (sigma, rate), steps in merged.items() if steps))
 
 
 @lru_cache(maxsize=4096)
@@ -73,8 +78,8 @@ def calibrate(
 ) -> float:
     """Return the smallest noise multiplier whose epsilon after all steps is at most ``target``.
 
-    Brent's method finds it to 0.1 % on a 1e-3 grid, in logarithms, where the curve is nearly a
-    straight line; then it is raised until the 1e-4 grid confirms it.
+    Brent's method finds it to 0.05 % on a 1e-3 grid, in logarithms, where the curve is nearly a
+    straight line. A coarser grid is an upper bound too, only a looser one, and ten times as fast.
 
     Parameters
     ----------
@@ -88,25 +93,34 @@ def calibrate(
     """
     held = tuple((spend.noise_multiplier, spend.sample_rate, spend.steps) for spend in prior)
 
-    def reached(sigma: float, grid: float) -> float:
-        return _epsilon(tuple(sorted((*held, (sigma, sample_rate, steps)))), delta, grid)
+    def reached(sigma: float) -> float:
+        return _epsilon(tuple(sorted((*held, (sigma, sample_rate, steps)))), delta, _COARSE)
 
     def excess(log_sigma: float) -> float:
-        return math.log(max(reached(math.exp(log_sigma), _COARSE), 1e-9) / target)
+        return math.log(max(reached(math.exp(log_sigma)), 1e-9) / target)
 
     low, high = 0.2, 0.4
-    while reached(high, _COARSE) > target:
+    while reached(high) > target:
         low, high = high, 2 * high
         if high > 1000:
             raise PrivacyError(f"no noise multiplier reaches epsilon {target:g} in {steps} more steps.")
-    while reached(low, _COARSE) <= target:
+    while reached(low) <= target:
         if low < _LEAST:
             return low
         low, high = low / 2, low
     sigma = math.exp(brentq(excess, math.log(low), math.log(high), xtol=5e-4))
-    while reached(sigma, _FINE) > target:
-        sigma *= 1.001
+    while reached(sigma) > target:
+        sigma *= 1.0005
     return sigma
+
+
+def within(spends: Iterable[Spend], *, delta: float, limit: float) -> bool:
+    """Return whether the epsilon of all spends is at most a limit.
+
+    The 1e-3 grid decides where it can; the 1e-4 grid is asked only where that is too loose.
+    """
+    events = _merged(spends)
+    return _epsilon(events, delta, _COARSE) <= limit or _epsilon(events, delta, _FINE) <= limit
 
 
 def require_delta(delta: float, *, records: int, site: str) -> None:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from fedllm.config import Config
 from fedllm.errors import BudgetError, PrivacyError
-from fedllm.privacy.accounting import Spend, calibrate, epsilon, require_delta
+from fedllm.privacy.accounting import Spend, calibrate, epsilon, require_delta, within
 from fedllm.privacy.ledger import Entry, Ledger
 from fedllm.privacy.policy import SitePolicy
 
@@ -143,9 +143,9 @@ def authorise(plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str
     policy.require_noise(plan.noise_multiplier)
     entries = ledger.entries(dataset=policy.dataset)
     spent = [entry.spend for entry in entries]
-    projected = epsilon([*spent, plan.spend(rounds=plan.rounds - round + 1)], delta=policy.max_delta)
-    if projected > policy.max_epsilon * (1 + 1e-6):
-        held = epsilon(spent, delta=policy.max_delta)
+    planned = [*spent, plan.spend(rounds=plan.rounds - round + 1)]
+    if not within(planned, delta=policy.max_delta, limit=policy.max_epsilon * (1 + 1e-6)):
+        projected, held = (epsilon(total, delta=policy.max_delta) for total in (planned, spent))
         raise BudgetError(
             f"site {policy.site}: budget exhausted. {held:.2f} of epsilon {policy.max_epsilon:g} is spent "
             f"on this data set and the remaining rounds would bring it to {projected:.2f}."
