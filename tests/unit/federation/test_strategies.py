@@ -14,14 +14,13 @@ from safetensors.numpy import load_file
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
 from fedllm.aggregation import RULES
-from fedllm.aggregation.lowrank import LowRank, stack, svd
-from fedllm.aggregation.rule import branches_of, product_of
+from fedllm.aggregation.lowrank import LowRank, svd
 from fedllm.config import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES, Config
 from fedllm.errors import ConfigError, RunError
 from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter
 from fedllm.federation.plan import check_recipe
-from fedllm.federation.records import ADAPTER, unpack
+from fedllm.federation.records import unpack
 from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
@@ -80,25 +79,13 @@ def test_every_strategy_resumes_bit_for_bit(name: str, federate: Any, resume: An
     assert scores[0] == scores[1]
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex", "flexlora", "fedask", "fedsvd", "fedit", "florist"])
+@pytest.mark.parametrize("name", ["flora", "fedex", "flexlora", "fedask", "fedit", "florist"])
 def test_a_round_is_the_weighted_sum_where_the_rule_says_so(name: str, federate: Any) -> None:
-    sent: dict[str, Any] = {}
-
-    def watch(message: Message, reply: Message) -> Message:
-        notes, parts = unpack(reply.content)
-        if message.metadata.message_type == "train":
-            sent[str(notes["site"])] = parts[ADAPTER]
-        return reply
-
     wide = {"strategy__oversampling": 6, "strategy__energy": 1.0}
-    folder = federate(watch, federation__rounds=1, evaluation__every=0, **options(name), **wide)
+    folder = federate(federation__rounds=1, evaluation__every=0, **options(name), **wide)
     # the same local training under FLoRA, which adds up everything exactly
     exact = federate(dir="exact", federation__rounds=1, evaluation__every=0, **options("flora"))
-    if name in ("fedsvd",):
-        return
     found, sums = exported(folder), exported(exact)
-    start = load_state(federate(dir="start", federation__rounds=1, train__lr=0.0).adapter_dir)
-    assert start
     for module, total in sums.items():
         dense = total.up @ total.down
         ours = found[module].up @ found[module].down
@@ -279,19 +266,6 @@ def test_diagnostics_are_logged_in_factors(federate: Any, events: Any) -> None:
     assert 0 < found[1]["rank_energy"] <= 1
     assert -1 <= found[1]["cosine"] <= 1
     assert not events(federate(dir="off", strategy__diagnostics=False, **options("fedit")), "diagnosed")
-
-
-def test_diagnosed_error_is_that_of_the_dense_matrices(federate: Any, events: Any) -> None:
-    states: list[Any] = []
-
-    def watch(message: Message, reply: Message) -> Message:
-        return reply
-
-    folder = federate(watch, dir="zero", federation__rounds=1, **options("flexlora"))
-    state, _ = load_state(folder.adapter_dir)
-    total = [product_of(state, branch) for branch in branches_of(state.spec)]
-    assert all(np.isfinite(stack([term], [1.0]).up).all() for term in total)
-    assert not states
 
 
 def test_folded_updates_above_the_cap_are_recompressed_and_said(federate: Any, events: Any) -> None:
