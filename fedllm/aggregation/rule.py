@@ -217,8 +217,7 @@ def start_for(current: AdapterState, spec: AdapterSpec) -> AdapterState:
         return current
     if not METHODS[spec.method].branches:
         raise MismatchError(f"{METHODS[spec.method].title} has no ranks to cut.")
-    rest = {key: value for key, value in current.tensors.items() if key.rpartition(".")[2] in HEAD}
-    found = factors(spec, products(current)) | rest
+    found = {**factors(spec, products(current)), **current.only(HEAD).tensors}
     # payloads carry matrices in the spec's order
     return AdapterState(spec, {key: found[key] for key in METHODS[spec.method].trained_shapes(spec)})
 
@@ -227,6 +226,5 @@ def rest_mean(updates: Iterable[Update]) -> dict[str, Matrix]:
     """Return the weighted mean of what belongs to no product: an encoder's head, or nothing."""
     mean = Mean()
     for update in updates:
-        head = {key: v for key, v in update.state.tensors.items() if key.rpartition(".")[2] in HEAD}
-        mean.add(head, update.weight)
+        mean.add(update.state.only(HEAD).tensors, update.weight)
     return mean.result()

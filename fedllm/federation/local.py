@@ -10,7 +10,7 @@ import numpy as np
 from fedllm.adapters import METHODS
 from fedllm.adapters.layers import Factors
 from fedllm.adapters.method import HEAD
-from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix, matrix_name
 from fedllm.aggregation import RoundPlan, make_rule
 from fedllm.aggregation.alignment import align
 from fedllm.aggregation.rule import branches_of, factors, product_of, trained_names
@@ -58,7 +58,7 @@ def shared_names(plan: RoundPlan, spec: AdapterSpec) -> tuple[str, ...]:
 def layout_of(spec: AdapterSpec, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Return key -> shape of the matrices with these names."""
     shapes = METHODS[spec.method].trained_shapes(spec)
-    return {key: shape for key, shape in shapes.items() if key.rpartition(".")[2] in names}
+    return {key: shape for key, shape in shapes.items() if matrix_name(key) in names}
 
 
 def sketch_width(config: Config, spec: AdapterSpec) -> int:
@@ -183,8 +183,7 @@ def _sketches(config: Config, trained: AdapterState, round: int) -> AdapterState
         module = branch[0]
         test = omega(f"{basis_seed(config)}/{round}/{module}", spec.shapes[module][1], width)
         found[f"{module}.Y"] = sketch(product_of(trained, branch), test).astype(np.float32)
-    head = {key: value for key, value in trained.tensors.items() if key.rpartition(".")[2] in HEAD}
-    return AdapterState(spec, {**found, **head})
+    return AdapterState(spec, {**found, **trained.only(HEAD).tensors})
 
 
 def _aligned(config: Config, plan: RoundPlan, start: AdapterState, trained: AdapterState) -> AdapterState:
