@@ -174,7 +174,12 @@ class FederationSettings:
 class TrainSettings:
     """Local training of one round at one site."""
 
-    lr: float = setting(1e-2, "peak learning rate of AdamW", minimum=0)
+    lr: float = setting(1e-2, "peak learning rate", minimum=0)
+    optimizer: str = setting(
+        "adamw",
+        "adamw, plain sgd, or adam-bc: Adam with the noise's share of the second moment taken off",
+        choices=("adamw", "sgd", "adam-bc"),
+    )
     batch_size: int = setting(16, "records a step (expected number in private runs)", minimum=1)
     local_steps: int = setting(8, "optimiser steps a round", minimum=1)
     accumulation: int = setting(1, "batches summed before one optimiser step", minimum=1)
@@ -182,7 +187,7 @@ class TrainSettings:
     max_length: int = setting(128, "tokens of prompt and answer; longer prompts lose their end", minimum=8)
     schedule: str = setting("cosine", "learning rate over the whole run", choices=("cosine", "constant"))
     warmup: float = setting(0.0, "share of all steps spent warming up", minimum=0, maximum=1)
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", minimum=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay", minimum=0)
     fedhyper: str = setting(
         "none",
         "FedHyper's client-side learning rate, by cosines or by the paper's inner products",
@@ -198,8 +203,27 @@ class PrivacySettings:
     enabled: bool = setting(False, "train with DP-SGD")
     epsilon: float = setting(0.0, "budget over all rounds; give this or noise_multiplier", minimum=0)
     delta: float = setting(1e-5, "must be below 1/n at every site", minimum=0, maximum=1)
-    clipping_norm: float = setting(1.0, "largest norm of one record's gradient", minimum=0)
+    clipping_norm: float = setting(1.0, "largest norm of one record's (or unit's) gradient", minimum=0)
     noise_multiplier: float = setting(0.0, "noise deviation over clipping norm", minimum=0)
+    relation: str = setting(
+        "add-or-remove-one",
+        "which data sets are neighbours; epsilon says how alike their outcomes are",
+        choices=("add-or-remove-one", "zero-out-one", "replace-one"),
+    )
+    batch_cap: bool = setting(
+        False, "bound batches where a draw exceeds the bound with probability delta/1000 (zero-out-one only)"
+    )
+    noise: str = setting(
+        "gaussian",
+        "discrete-gaussian: sum and noise are integers on a fine grid, against floating-point attacks",
+        choices=("gaussian", "discrete-gaussian"),
+    )
+    engine: str = setting(
+        "own", "what computes per-example gradients: own, or Opacus' hooks", choices=("own", "opacus")
+    )
+    adam_floor: float = setting(
+        0.1, "adam-bc: least second moment, as a share of the noise's variance", minimum=1e-6
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,11 +439,17 @@ def _check_together(config: Config) -> None:
             raise ConfigError(f"privacy.delta: must lie between 0 and 1, got {privacy.delta}.")
         if privacy.clipping_norm <= 0:
             raise ConfigError("privacy.clipping_norm: a private run needs a positive clipping norm.")
+        if privacy.batch_cap and privacy.relation != "zero-out-one":
+            raise ConfigError(
+                "privacy.batch_cap: capped batches are accounted under privacy.relation=zero-out-one alone."
+            )
         if config.strategy.weighting == "examples":
             raise ConfigError(
                 "strategy.weighting=examples: example counts depend on private records and are not "
                 "sent in a private run; use uniform."
             )
+    if config.train.optimizer == "adam-bc" and not privacy.enabled:
+        raise ConfigError("train.optimizer=adam-bc corrects for noise; it needs privacy.enabled=true.")
     if data.source == "hub" and not data.name:
         raise ConfigError("data.name: source=hub needs the name of a Hugging Face data set.")
     if data.partition == "column" and not data.site:

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from fedllm.config import Config
+
 Event = Mapping[str, Any]
 
 
@@ -109,7 +111,22 @@ def final_table(runs: Sequence[tuple[str, Sequence[Event]]]) -> Table:
         for site in sorted({event["site"] for event in events if event["event"] == "evaluated"}):
             table.add_row(name, site, *_site_cells(site, events))
         table.add_section()
+    terms = {_terms(events) for _, events in runs} - {""}
+    if terms:
+        table.caption, table.caption_justify = "\n".join(sorted(terms)), "left"
     return table
+
+
+def _terms(events: Sequence[Event]) -> str:
+    """Return what a private run's epsilon means, empty for other runs."""
+    started = next((event for event in events if event["event"] == "run_started"), None)
+    if started is None:
+        return ""
+    config = Config.from_flat(started["config"])
+    if not config.privacy.enabled:
+        return ""
+    unit = f"all records of one {config.data.unit}" if config.data.unit else "one record"
+    return f"epsilon at delta={config.privacy.delta:g} for {unit}; {config.privacy.relation}, Poisson, PLD"
 
 
 def _site_cells(site: str, events: Sequence[Event]) -> list[str]:

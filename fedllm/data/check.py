@@ -128,7 +128,7 @@ def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[s
         found.append(f"{report.truncated:.0%} of texts lose their end at train.max_length={max_length}.")
     if report.units is not None and report.units[1] > 1:
         found.append(
-            f"one '{data.unit}' owns up to {report.units[1]} records; a private run takes one record a unit."
+            f"one '{data.unit}' owns up to {report.units[1]} records; a private run protects it as a whole."
         )
     return found
 

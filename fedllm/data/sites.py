@@ -9,7 +9,6 @@ import io
 import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,10 +35,8 @@ class SiteData:
         The fold asked for, in such an order: its first n records are a random sample.
     labels : tuple[str, ...]
         Labels to choose from; empty for free text (``data.task=generate``).
-    units : int
-        Distinct privacy units in ``train``.
-    units_repeat : bool
-        Whether one unit owns several records of ``train``.
+    units : tuple[tuple[int, ...], ...]
+        The privacy units: positions in ``train`` of the records each owns.
     fingerprint : str
         Sha256 over the sorted training records, as hex.
     """
@@ -49,8 +46,7 @@ class SiteData:
     heldout: tuple[Example, ...]
     labels: tuple[str, ...]
     instruction: str
-    units: int
-    units_repeat: bool
+    units: tuple[tuple[int, ...], ...]
     fingerprint: str
 
 
@@ -183,22 +179,20 @@ def _site_data(
         for example in heldout
         if (_fraction("fold", seed, _group(example, by_unit=by_unit)) < 0.5) == first_half
     ]
-    kept = _distinct(train, seed=seed)
+    kept = _distinct(train, seed=seed, by_unit=by_unit)
     if len(kept) < 2:
         raise DataError(
             f"site {name}: fewer than 2 different training records are left after the held-out ones were "
             "set apart. Give it more records, lower data.heldout, or use fewer sites."
         )
-    owners = Counter(example.unit for example in kept)
     rows = sorted(json.dumps([*_contents(example), example.unit]) for example in kept)
     return SiteData(
         name=name,
         train=kept,
-        heldout=_distinct(heldout, seed=seed),
+        heldout=_distinct(heldout, seed=seed, by_unit=by_unit),
         labels=labels,
         instruction=default_instruction(data),
-        units=len(owners) if by_unit else len(kept),
-        units_repeat=by_unit and max(owners.values()) > 1,
+        units=_owned(kept) if by_unit else tuple((position,) for position in range(len(kept))),
         fingerprint=hashlib.sha256("\n".join(rows).encode()).hexdigest(),
     )
 
@@ -263,15 +257,24 @@ def _without(examples: Sequence[Example], others: Iterable[Example]) -> list[Exa
     return [example for example in examples if normalised(example.text) not in texts]
 
 
-def _distinct(examples: Iterable[Example], *, seed: int) -> tuple[Example, ...]:
+def _owned(examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of each unit's records, in the order of the units' first ones."""
+    owned: dict[str, list[int]] = {}
+    for position, example in enumerate(examples):
+        owned.setdefault(example.unit, []).append(position)
+    return tuple(tuple(positions) for positions in owned.values())
+
+
+def _distinct(examples: Iterable[Example], *, seed: int, by_unit: bool) -> tuple[Example, ...]:
     """Keep one of the records with the same texts and label, in an order that contents decide.
 
     A text with two labels stays with both: were one dropped, a private record could replace
-    another instead of just being there or not.
+    another instead of just being there or not. With units each keeps its own copy, for the same reason.
     """
     kept: dict[tuple[str, ...], Example] = {}
     for example in sorted(examples, key=lambda example: example.unit):
-        kept.setdefault(_contents(example), example)
+        owner = (example.unit,) if by_unit else ()
+        kept.setdefault((*_contents(example), *owner), example)
     return tuple(sorted(kept.values(), key=lambda item: _digest("order", seed, *_contents(item))))
 
 

@@ -18,7 +18,7 @@ from fedllm.adapters.export import save_peft_adapter, save_state
 from fedllm.adapters.state import AdapterSpec, require_same_spec
 from fedllm.aggregation import RoundPlan, make_rule
 from fedllm.config import Config
-from fedllm.errors import FedllmError, MismatchError, WireError
+from fedllm.errors import FedllmError, MismatchError, PrivacyError, WireError
 from fedllm.evaluation.metrics import majority
 from fedllm.federation.blobs import BlobStore
 from fedllm.federation.local import Start, finish, projected, receive, sketch_layout
@@ -26,7 +26,9 @@ from fedllm.federation.makebasis import WITH_CORE, make_basis, read_basis
 from fedllm.federation.memory import SiteMemory
 from fedllm.federation.records import ADAPTER, Note, Notes, Parts, pack, text, unpack, whole
 from fedllm.federation.site import Site, identify, public_reason, use_threads
+from fedllm.privacy.ledger import GENESIS
 from fedllm.privacy.plan import PrivacyPlan, authorise, make_plan
+from fedllm.privacy.release import bucketed, require_released
 from fedllm.training.round import evaluate, train_round
 from fedllm.training.session import Session, SiteTokens, open_session, tokenise
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed, site_spec
@@ -69,9 +71,21 @@ def _answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Mes
             result = {"error": f"internal error ({type(error).__name__}); details are in the site's log"}
         if site is not None:
             result["site"] = site.name
+            if site.config.privacy.enabled:
+                result = _released(site, result)
         return Message(pack(result, parts), reply_to=message)
 
     return answer
+
+
+def _released(site: Site, result: Notes) -> Notes:
+    """Return a private reply's notes, or an error in their place if one may not leave."""
+    try:
+        require_released(result, metrics_public=site.metrics_may_leave, simulated=site.simulated)
+    except PrivacyError as error:
+        log.error("withheld: %s", error)
+        return {"error": str(error), "site": site.name}
+    return result
 
 
 def _hello(site: Site, notes: Notes, parts: Parts) -> Answer:
@@ -80,7 +94,7 @@ def _hello(site: Site, notes: Notes, parts: Parts) -> Answer:
     basis = _basis(site, theirs)
     data = site.data()
     if site.config.privacy.enabled:
-        plan = make_plan(site.config, records=len(data.train), site=site.name)
+        plan = make_plan(site.config, units=len(data.units), site=site.name)
         site.policy.require_noise(plan.noise_multiplier)
         site.ledger().entries()
     found: Notes = {
@@ -122,12 +136,13 @@ def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
         result |= _scores(session, tokens, site, start, records=config.evaluation.records)
     private: PrivacyPlan | None = None
     if config.privacy.enabled:
-        ledger, run = site.ledger(), str(notes["run"])
-        spent = tuple(
-            entry.spend for entry in ledger.entries(dataset=site.policy.dataset) if entry.run == run
-        )
-        private = make_plan(config, records=len(tokens.train), site=site.name, round=round, spent=spent)
-        result["epsilon"] = authorise(private, policy=site.policy, ledger=ledger, run=run, round=round)
+        ledger, run, data = site.ledger(), text(notes, "run"), site.data().fingerprint
+        ledger.require_head(text(notes, "ledger") or GENESIS)
+        held = ledger.entries(dataset=site.policy.dataset, data=data)
+        spent = tuple(entry.spend for entry in held if entry.run == run)
+        private = make_plan(config, units=len(tokens.units), site=site.name, round=round, spent=spent)
+        total = authorise(private, policy=site.policy, ledger=ledger, run=run, round=round, data=data)
+        result |= {"epsilon": bucketed(total), "ledger": ledger.head}
     trained = train_round(
         session,
         tokens,
@@ -159,18 +174,21 @@ def _project(site: Site, notes: Notes, parts: Parts) -> Answer:
 
 def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
     """Score the finished adapter and the untuned base; a personal adapter is exported at the site."""
-    session, tokens, plan, start, _ = _prepare(site, notes, parts, site.config.federation.rounds + 1)
+    config = site.config
+    session, tokens, plan, start, _ = _prepare(site, notes, parts, config.federation.rounds + 1)
     result: Notes = {"weights": session.weights}
     if plan.personal:
         _export_personal(site, session, start)
     if not site.metrics_may_leave:
         return result, {}
-    records = site.config.evaluation.final_records
+    records = config.evaluation.final_records
     result |= _scores(session, tokens, site, start, records=records)
     result |= _scores(session, tokens, site, None, records=records, prefix="base_")
     truth = tokens.heldout_labels[: records or None]
-    if site.config.data.task == "classify" and truth:
-        result["majority_accuracy"], result["majority_macro_f1"] = majority(tokens.train_labels, truth)
+    if config.data.task == "classify" and truth:
+        # the commonest label of private records stays here; that of the public ones is no secret
+        commonest = truth if config.privacy.enabled else tokens.train_labels
+        result["majority_accuracy"], result["majority_macro_f1"] = majority(commonest, truth)
     return result, {}
 
 

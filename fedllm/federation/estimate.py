@@ -169,8 +169,8 @@ def _site(config: Config, name: str, index: int) -> SiteEstimate:
     )
     if not config.privacy.enabled:
         return SiteEstimate(name=name, records=len(data.train), plan=None, epsilon=0.0)
-    plan = make_plan(config, records=len(data.train), site=name)
-    spent = epsilon([plan.spend(rounds=config.federation.rounds)], delta=plan.delta)
+    plan = make_plan(config, units=len(data.units), site=name)
+    spent = epsilon([plan.spend(rounds=config.federation.rounds)], delta=plan.delta, relation=plan.relation)
     return SiteEstimate(name=name, records=len(data.train), plan=plan, epsilon=spent)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from fedllm.data.sites import site_from_file
 from fedllm.errors import BudgetError, WireError
 from fedllm.federation.site import Site
 from fedllm.models.load import load_base
-from fedllm.privacy.noise import SecureGenerator, poisson_sample
+from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan, authorise, basis_plan
 from fedllm.training.basis import weight_gradients
 from fedllm.training.session import tokenise
@@ -47,14 +46,14 @@ def make_basis(site: Site, spec: AdapterSpec, *, run: str) -> Basis:
             for module in spec.shapes
         }
         return svd_basis(weights, rank=spec.rank)
-    records, plan = _records(site, config, run)
-    gradients = weight_gradients(config, spec, records, plan=plan)
+    units, plan = _units(site, config, run)
+    gradients = weight_gradients(config, spec, units, plan=plan)
     total = config.train.local_steps * config.federation.rounds
     step = learning_rate(config.train, step=0, total=total) if kind in WITH_CORE else None
     return gradient_basis(gradients, rank=spec.rank, step=step)
 
 
-def _records(site: Site, config: Config, run: str) -> tuple[Sequence[Encoded], PrivacyPlan | None]:
+def _units(site: Site, config: Config, run: str) -> tuple[list[list[Encoded]], PrivacyPlan | None]:
     count = config.adapter.basis_records
     if config.adapter.basis == "public-gradient":
         path = site.public_path
@@ -63,17 +62,18 @@ def _records(site: Site, config: Config, run: str) -> tuple[Sequence[Encoded], P
                 f"site {site.name}: adapter.basis=public-gradient needs public records: adapter.basis_path "
                 "in a simulation, public_path in a real site's policy."
             )
-        data = replace(config.data, heldout=0.0, unit="")
-        public = site_from_file(data, path=path, name=site.name, seed=config.run.seed)
-        return tokenise(public, config).train[:count], None
-    train = tokenise(site.data(), config).train
+        settings = replace(config.data, heldout=0.0, unit="")
+        public = site_from_file(settings, path=path, name=site.name, seed=config.run.seed)
+        return [[record] for record in tokenise(public, config).train[:count]], None
+    data, tokens = site.data(), tokenise(site.data(), config)
     if config.adapter.basis == "gradient":
         site.policy.require(config.privacy)
-        return train[:count], None
-    plan = basis_plan(config, records=len(train), site=site.name)
-    authorise(plan, policy=site.policy, ledger=site.ledger(), run=run, round=0)
-    chosen = poisson_sample(len(train), rate=plan.sample_rate, generator=SecureGenerator())
-    return [train[index] for index in chosen], plan
+        return [[record] for record in tokens.train[:count]], None
+    plan = basis_plan(config, units=len(data.units), site=site.name)
+    ledger = site.ledger()
+    authorise(plan, policy=site.policy, ledger=ledger, run=run, round=0, data=data.fingerprint)
+    drawn = plan.draw(SecureGenerator())
+    return [[tokens.train[position] for position in data.units[unit]] for unit in drawn], plan
 
 
 def read_basis(payload: bytes, spec: AdapterSpec, *, with_core: bool) -> Basis:

@@ -22,6 +22,7 @@ from fedllm.config import Config
 from fedllm.errors import FedllmError, MismatchError, RunError
 from fedllm.federation.client import BASIS
 from fedllm.federation.exchange import Peer, Reply, exchange
+from fedllm.federation.heads import LedgerHeads
 from fedllm.federation.makebasis import WITH_CORE, read_basis
 from fedllm.federation.outgoing import Folded, Piece, Sender
 from fedllm.federation.records import Note, Parts, pack, text, whole
@@ -78,6 +79,11 @@ class ServerRun:
     holders: set[str] = field(default_factory=set)
 
     @property
+    def heads(self) -> LedgerHeads:
+        """Return what is known of the sites' privacy ledgers."""
+        return LedgerHeads(self.folder.path)
+
+    @property
     def quorum(self) -> int:
         """Return the number of valid replies a round needs."""
         if self.config.federation.mode == "central":
@@ -106,6 +112,8 @@ class ServerRun:
         found = []
         for peer in peers:
             notes, parts = sender.message(peer.name, peer.rank, plan)
+            if self.config.privacy.enabled:
+                notes["ledger"] = self.heads.seen(peer.name, simulated=self.simulated)
             found.append((peer, self.notes(peer, round=round, **notes, **more), parts))
         return found
 

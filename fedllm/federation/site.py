@@ -13,7 +13,7 @@ from flwr.app import Context
 
 from fedllm.config import Config, site_ranks
 from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
-from fedllm.errors import BudgetError, DataError, PrivacyError
+from fedllm.errors import BudgetError, DataError
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.policy import SitePolicy, load_policy
 
@@ -44,12 +44,10 @@ class Site:
         ------
         DataError
             If they cannot be used as the settings ask.
-        PrivacyError
-            If a privacy unit owns several records in a private run.
         """
         data = self.config.data
         if self.simulated:
-            site = simulated_site(
+            return simulated_site(
                 data,
                 sites=self.config.federation.sites,
                 seed=self.config.run.seed,
@@ -57,21 +55,14 @@ class Site:
                 fold=self.config.evaluation.fold,
                 pooled=self.config.federation.mode == "central",
             )
-        else:
-            site = site_from_file(
-                data,
-                path=self.policy.data_path,
-                heldout_path=self.policy.heldout_path,
-                name=self.name,
-                seed=self.config.run.seed,
-                fold=self.config.evaluation.fold,
-            )
-        if self.config.privacy.enabled and site.units_repeat:
-            raise PrivacyError(
-                f"site {self.name}: some values of data.unit={data.unit} own several records, and a private "
-                "run protects single records only, so far. Keep one record a unit."
-            )
-        return site
+        return site_from_file(
+            data,
+            path=self.policy.data_path,
+            heldout_path=self.policy.heldout_path,
+            name=self.name,
+            seed=self.config.run.seed,
+            fold=self.config.evaluation.fold,
+        )
 
     def ledger(self) -> Ledger:
         """Open the site's privacy ledger."""

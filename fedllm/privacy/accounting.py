@@ -1,7 +1,6 @@
 """Privacy accounting with dp-accounting's privacy loss distributions (PLD).
 
-Relation: add or remove one record. Sampler: Poisson. A site's epsilon follows from its own
-(noise multiplier, sample rate, steps) alone; server and other sites are post-processing.
+A site's epsilon follows from its own steps alone; server and other sites are post-processing.
 """
 
 from __future__ import annotations
@@ -12,16 +11,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import dp_accounting
-from dp_accounting import pld
+from dp_accounting import pld, rdp
 from scipy.optimize import brentq
+from scipy.stats import binom
 
 from fedllm.errors import PrivacyError
 
-RELATION = "add-or-remove-one"
 SAMPLER = "Poisson"
 ACCOUNTANT = "dp-accounting PLD"
+ADD_OR_REMOVE, ZERO_OUT, REPLACE = "add-or-remove-one", "zero-out-one", "replace-one"
+#: Neighbouring relation -> dp-accounting's name for it.
+RELATIONS = {
+    ADD_OR_REMOVE: dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    ZERO_OUT: dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+    REPLACE: dp_accounting.NeighboringRelation.REPLACE_ONE,
+}
 _FINE, _COARSE = 1e-4, 1e-3
 _LEAST = 0.02
+#: Largest probability that a batch is cut, as a share of delta.
+_CUT = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -33,48 +41,83 @@ class Spend:
     noise_multiplier : float
         Standard deviation of the noise over the clipping norm.
     sample_rate : float
-        Probability that a step takes a record.
+        Probability that a step takes a record (or unit).
     steps : int
         Number of noised steps.
+    cap : int
+        Largest batch; what is drawn beyond it is left out at random. 0: none.
+    records : int
+        Number of records (or units) the batch is drawn from; only with a cap.
     """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
+    cap: int = 0
+    records: int = 0
 
 
-def epsilon(spends: Iterable[Spend], *, delta: float) -> float:
-    """Return the epsilon of all spends together, an upper bound by PLD on a 1e-4 grid."""
-    return _epsilon(_merged(spends), delta, _FINE)
+_Event = tuple[float, float, int, int]
+_Events = tuple[tuple[_Event, int], ...]
 
 
-def _merged(spends: Iterable[Spend]) -> tuple[tuple[float, float, int], ...]:
-    """Return (noise multiplier, sample rate, steps) of equal spends together, in order."""
-    merged: dict[tuple[float, float], int] = {}
+def epsilon(spends: Iterable[Spend], *, delta: float, relation: str = ADD_OR_REMOVE) -> float:
+    """Return the epsilon of all spends together, an upper bound by PLD on a 1e-4 grid.
+
+    Parameters
+    ----------
+    relation : str
+        One of :data:`RELATIONS`; a cap on batches is accounted under zero-out alone.
+    """
+    return _epsilon(_merged(spends), delta, _FINE, relation)
+
+
+def _merged(spends: Iterable[Spend]) -> _Events:
+    """Return equal spends together, in order."""
+    merged: dict[_Event, int] = {}
     for spend in spends:
-        key = (spend.noise_multiplier, spend.sample_rate)
+        key = (spend.noise_multiplier, spend.sample_rate, spend.cap, spend.records)
         merged[key] = merged.get(key, 0) + spend.steps
-    return tuple(sorted((sigma, rate, steps) for (sigma, rate), steps in merged.items() if steps))
+    return tuple(sorted((key, steps) for key, steps in merged.items() if steps))
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(events: tuple[tuple[float, float, int], ...], delta: float, grid: float) -> float:
+def _epsilon(events: _Events, delta: float, grid: float, relation: str) -> float:
     if not events:
         return 0.0
-    accountant = pld.PLDAccountant(value_discretization_interval=grid)
-    for sigma, rate, steps in events:
-        accountant.compose(_event(sigma, rate), steps)
+    accountant = pld.PLDAccountant(RELATIONS[relation], value_discretization_interval=grid)
+    return _compose(accountant, events, delta)
+
+
+def _compose(accountant: dp_accounting.PrivacyAccountant, events: _Events, delta: float) -> float:
+    for event, steps in events:
+        try:
+            accountant.compose(_event(*event), steps)
+        except dp_accounting.UnsupportedEventError:
+            raise PrivacyError(
+                f"a cap on batches is accounted under the relation {ZERO_OUT} alone (privacy.relation)."
+            ) from None
     return float(accountant.get_epsilon(delta))
 
 
-def _event(sigma: float, rate: float) -> dp_accounting.DpEvent:
+def _event(sigma: float, rate: float, cap: int, records: int) -> dp_accounting.DpEvent:
+    if cap:
+        return dp_accounting.TruncatedSubsampledGaussianDpEvent(records, rate, cap, sigma)
     gaussian = dp_accounting.GaussianDpEvent(sigma)
     return gaussian if rate >= 1 else dp_accounting.PoissonSampledDpEvent(rate, gaussian)
 
 
 @lru_cache(maxsize=1024)
 def calibrate(
-    *, target: float, delta: float, sample_rate: float, steps: int, prior: tuple[Spend, ...] = ()
+    *,
+    target: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    prior: tuple[Spend, ...] = (),
+    cap: int = 0,
+    records: int = 0,
+    relation: str = ADD_OR_REMOVE,
 ) -> float:
     """Return the smallest noise multiplier whose epsilon after all steps is at most ``target``.
 
@@ -85,16 +128,18 @@ def calibrate(
     ----------
     prior : tuple[Spend, ...]
         What the same run has spent already and the target has to cover too.
+    cap, records, relation
+        As in :class:`Spend` and :func:`epsilon`.
 
     Raises
     ------
     PrivacyError
         If no noise multiplier below 1000 reaches the target.
     """
-    held = tuple((spend.noise_multiplier, spend.sample_rate, spend.steps) for spend in prior)
 
     def reached(sigma: float) -> float:
-        return _epsilon(tuple(sorted((*held, (sigma, sample_rate, steps)))), delta, _COARSE)
+        spend = Spend(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps, cap=cap, records=records)
+        return _epsilon(_merged((*prior, spend)), delta, _COARSE, relation)
 
     def excess(log_sigma: float) -> float:
         return math.log(max(reached(math.exp(log_sigma)), 1e-9) / target)
@@ -114,13 +159,39 @@ def calibrate(
     return sigma
 
 
-def within(spends: Iterable[Spend], *, delta: float, limit: float) -> bool:
+def within(spends: Iterable[Spend], *, delta: float, limit: float, relation: str = ADD_OR_REMOVE) -> bool:
     """Return whether the epsilon of all spends is at most a limit.
 
     The 1e-3 grid decides where it can; the 1e-4 grid is asked only where that is too loose.
     """
     events = _merged(spends)
-    return _epsilon(events, delta, _COARSE) <= limit or _epsilon(events, delta, _FINE) <= limit
+    return any(_epsilon(events, delta, grid, relation) <= limit for grid in (_COARSE, _FINE))
+
+
+def cross_check(spends: Iterable[Spend], *, delta: float) -> dict[str, float]:
+    """Return the same epsilon by three accountants, under add-or-remove and without caps.
+
+    PLD is the reference. RDP is a looser upper bound; PRV (Opacus) is computed with an error bound
+    of 0.01, which it adds. A PLD value far from PRV's or above RDP's would be a mistake somewhere.
+    """
+    # Opacus takes seconds to import and is asked only here
+    from opacus.accountants import PRVAccountant
+
+    events = _merged(spends)
+    if not events:
+        return {"PLD": 0.0, "PRV": 0.0, "RDP": 0.0}
+    prv = PRVAccountant()
+    prv.history = [(sigma, rate, steps) for (sigma, rate, _, _), steps in events]
+    return {
+        "PLD": _epsilon(events, delta, _FINE, ADD_OR_REMOVE),
+        "PRV": float(prv.get_epsilon(delta)),
+        "RDP": _compose(rdp.RdpAccountant(), events, delta),
+    }
+
+
+def batch_cap(*, records: int, rate: float, delta: float) -> int:
+    """Return the smallest batch that a Poisson draw exceeds with probability at most delta/1000."""
+    return min(records, int(binom.isf(_CUT * delta, records, rate)) + 1)
 
 
 def require_delta(delta: float, *, records: int, site: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedllm.errors import PrivacyError
-from fedllm.privacy.accounting import ACCOUNTANT, RELATION, SAMPLER, Spend
+from fedllm.privacy.accounting import ACCOUNTANT, SAMPLER, Spend
 
 GENESIS = "0" * 64
 
@@ -28,28 +29,49 @@ class Entry:
     ----------
     dataset : str
         Name of the data set in the site's policy.
+    data : str
+        Fingerprint of the training records.
     run, round : str, int
         The run and round it was booked for.
     clipping_norm : float
         C; the noise's deviation is ``noise_multiplier * C``.
+    cap, records : int
+        Largest batch and number of units, where batches are capped; else 0.
+    salt : str
+        Random, so that the chain's hashes, which the coordinator sees, tell nothing about the rest.
     """
 
     dataset: str
+    data: str
     run: str
     round: int
     clipping_norm: float
     noise_multiplier: float
     sample_rate: float
     steps: int
+    cap: int
+    records: int
+    relation: str
     time: str
-    relation: str = RELATION
+    salt: str
     sampler: str = SAMPLER
     accountant: str = ACCOUNTANT
 
     @property
     def spend(self) -> Spend:
         """Return what the accountant needs."""
-        return Spend(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps)
+        return Spend(
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            steps=self.steps,
+            cap=self.cap,
+            records=self.records,
+        )
+
+
+def new_salt() -> str:
+    """Return 16 random bytes as hex."""
+    return os.urandom(16).hex()
 
 
 class Ledger:
@@ -105,22 +127,40 @@ class Ledger:
         except (OSError, sqlite3.Error) as error:
             raise PrivacyError(f"{self.path}: the spend could not be booked ({error}).") from None
 
-    def entries(self, *, dataset: str | None = None) -> tuple[Entry, ...]:
-        """Return all entries, or those of one data set, oldest first."""
-        try:
-            with self._connect() as database:
-                rows = self._verified(database)
-        except (OSError, sqlite3.Error) as error:
-            raise PrivacyError(f"{self.path}: the privacy ledger cannot be read ({error}).") from None
-        entries = tuple(Entry(**json.loads(body)) for body, _ in rows)
-        return tuple(entry for entry in entries if dataset in (None, entry.dataset))
+    def entries(self, *, dataset: str | None = None, data: str | None = None) -> tuple[Entry, ...]:
+        """Return entries, oldest first: all, or those of a data set's name or of these very records."""
+        entries = tuple(Entry(**json.loads(body)) for body, _ in self._rows())
+        if dataset is None and data is None:
+            return entries
+        return tuple(entry for entry in entries if entry.dataset == dataset or entry.data == data)
 
     @property
     def head(self) -> str:
         """Return the hash of the newest row, to be kept elsewhere against rollback."""
-        with self._connect() as database:
-            rows = self._verified(database)
+        rows = self._rows()
         return rows[-1][1] if rows else GENESIS
+
+    def require_head(self, seen: str) -> None:
+        """Refuse a ledger that lacks a row somebody else has seen the hash of.
+
+        Raises
+        ------
+        PrivacyError
+            If the ledger was lost, shortened, or replaced by an older or another one.
+        """
+        if seen != GENESIS and all(link != seen for _, link in self._rows()):
+            raise PrivacyError(
+                f"{self.path}: the privacy ledger lacks a row that the coordinator has seen: it was lost, "
+                "rolled back or replaced. Restore the newest copy; training stays refused, since what was "
+                "spent is unknown."
+            )
+
+    def _rows(self) -> list[tuple[str, str]]:
+        try:
+            with self._connect() as database:
+                return self._verified(database)
+        except (OSError, sqlite3.Error) as error:
+            raise PrivacyError(f"{self.path}: the privacy ledger cannot be read ({error}).") from None
 
     def _verified(self, database: sqlite3.Connection) -> list[tuple[str, str]]:
         rows: list[tuple[str, str]] = []

@@ -1,42 +1,99 @@
-"""Randomness for privacy: never from the experiment's seed, never restored on resume."""
+"""The two laws of noise: Gaussian, and discrete Gaussian on a grid."""
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from fedllm.privacy.entropy import SecureGenerator
+
+#: The discrete Gaussian's deviation in grid steps is 2 to this power.
+GRID_BITS = 24
+
+Bools = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
 
 
-class SecureGenerator:
-    """AES-256-CTR keystream under a fresh key from the operating system's entropy.
+def gaussian(
+    shape: tuple[int, ...], *, deviation: float, generator: SecureGenerator
+) -> npt.NDArray[np.float64]:
+    """Return independent Gaussian numbers, float64."""
+    return deviation * generator.normal(shape)
 
-    It is not seedable on purpose: a site's noise and sampling must not be reproducible from
-    anything the server, another site or a checkpoint knows.
+
+def discrete_gaussian(
+    shape: tuple[int, ...], *, generator: SecureGenerator, bits: int = GRID_BITS
+) -> Integers:
+    """Return integers y with probabilities in proportion to ``exp(-y^2 / (2 * 4^bits))``, exactly.
+
+    Rejection from the discrete Laplace law with integer arithmetic alone (Canonne, Kamath and
+    Steinke, arXiv 2004.00010, algorithms 1 to 3, with t = sigma = 2^bits, so that every
+    probability is a fraction over a power of two). No rounding of a real number takes part, which
+    is what attacks on floating-point noise live on.
+
+    Parameters
+    ----------
+    bits : int
+        Binary logarithm of the deviation, 1 to 24.
     """
-
-    def __init__(self) -> None:
-        self._stream = Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
-
-    def uniform(self, count: int) -> npt.NDArray[np.float64]:
-        """Return numbers uniform in [0, 1) with 53 random bits each."""
-        words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype="<u8")
-        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-    def normal(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-        """Return standard normal float64 numbers (Box-Muller)."""
-        count = int(np.prod(shape))
-        pairs = (count + 1) // 2
-        radius = np.sqrt(-2.0 * np.log1p(-self.uniform(pairs)))
-        angle = 2.0 * np.pi * self.uniform(pairs)
-        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return both[:count].reshape(shape)
+    count = int(np.prod(shape))
+    found: Integers = np.zeros(0, np.int64)
+    while len(found) < count:
+        drawn = _discrete_laplace(max(64, 2 * (count - len(found))), bits, generator)
+        distance = np.abs(drawn) - (1 << bits)
+        exponent = distance * distance
+        kept = _exp_coin(exponent, 2 * bits + 1, generator)
+        found = np.concatenate([found, drawn[kept]])
+    result: Integers = found[:count].reshape(shape)
+    return result
 
 
-def poisson_sample(count: int, *, rate: float, generator: SecureGenerator) -> list[int]:
-    """Return the indices below ``count`` that independent coins of probability ``rate`` choose.
+def _discrete_laplace(count: int, bits: int, generator: SecureGenerator) -> Integers:
+    """Return about half of ``count`` integers with probabilities in proportion to exp(-|y| / 2^bits)."""
+    low = (generator.words(count) >> np.uint64(64 - bits)).astype(np.int64)
+    low = low[_exp_coin(low, bits, generator)]
+    high = np.zeros(len(low), np.int64)
+    going = np.ones(len(low), bool)
+    while going.any():
+        going[going] = _exp_coin(np.full(going.sum(), 1 << bits, np.int64), bits, generator)
+        high[going] += 1
+    size = low + (high << bits)
+    negative = (generator.words(len(size)) & np.uint64(1)).astype(bool)
+    # zero has one sign
+    result: Integers = np.where(negative, -size, size)[~(negative & (size == 0))]
+    return result
 
-    The result may be empty; an empty batch still gets its noise, its step and its accounting.
-    """
-    return np.flatnonzero(generator.uniform(count) < rate).tolist()
+
+def _exp_coin(numerator: Integers, bits: int, generator: SecureGenerator) -> Bools:
+    """Return coins that are true with probability ``exp(-numerator / 2^bits)``."""
+    whole, rest = numerator >> bits, numerator & ((1 << bits) - 1)
+    result = _small_exp_coin(rest, bits, generator)
+    for _ in range(int(whole.max(initial=0))):
+        asked = result & (whole > 0)
+        one = np.full(int(asked.sum()), 1 << bits, np.int64)
+        result[asked] = _small_exp_coin(one, bits, generator)
+        whole = whole - 1
+    return result
+
+
+def _small_exp_coin(numerator: Integers, bits: int, generator: SecureGenerator) -> Bools:
+    """Return coins of probability ``exp(-x)``, x = numerator / 2^bits at most 1 (the series of exp)."""
+    odd = np.zeros(len(numerator), bool)
+    going = np.arange(len(numerator))
+    turn = 0
+    while len(going):
+        turn += 1
+        odd[going] = turn % 2 == 1
+        drawn = (generator.words(len(going)) >> np.uint64(64 - bits)).astype(np.int64)
+        going = going[(drawn < numerator[going]) & _one_in(turn, len(going), generator)]
+    return odd
+
+
+def _one_in(chances: int, count: int, generator: SecureGenerator) -> Bools:
+    """Return coins of probability 1 / chances, by rejection."""
+    limit = np.uint64((1 << 64) // chances * chances - 1)
+    words = generator.words(count)
+    while (wrong := words > limit).any():
+        words[wrong] = generator.words(int(wrong.sum()))
+    result: Bools = words % np.uint64(chances) == 0
+    return result

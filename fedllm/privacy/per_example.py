@@ -8,12 +8,19 @@ summed gradient is never formed: ``weight.grad`` stays None until the private st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fedllm.errors import PrivacyError
+
+
+class Recorder(Protocol):
+    """Hands out the per-example gradients of the backward passes since it was last asked."""
+
+    def take(self) -> dict[str, Tensor]:
+        """Return parameter name -> gradients, shape (B, *shape), float32, and start anew."""
 
 
 class GradientSink:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import torch
+from torch import Tensor
+
 from fedllm.config import Config
 from fedllm.errors import BudgetError, PrivacyError
-from fedllm.privacy.accounting import Spend, calibrate, epsilon, require_delta, within
-from fedllm.privacy.ledger import Entry, Ledger
+from fedllm.privacy.accounting import (
+    REPLACE,
+    Spend,
+    batch_cap,
+    calibrate,
+    epsilon,
+    require_delta,
+    within,
+)
+from fedllm.privacy.clipping import clipped_sum, grid_sum
+from fedllm.privacy.entropy import SecureGenerator
+from fedllm.privacy.ledger import Entry, Ledger, new_salt
+from fedllm.privacy.noise import GRID_BITS, discrete_gaussian, gaussian
 from fedllm.privacy.policy import SitePolicy
+from fedllm.privacy.sampling import poisson_sample, random_subset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,31 +34,46 @@ class PrivacyPlan:
 
     Attributes
     ----------
+    units : int
+        Privacy units (records, or patients or customers) the batches are drawn from.
     sample_rate : float
-        Expected batch size over the site's number of training records.
+        Probability that a step takes a unit.
     expected_batch : float
         What the noised sum is divided by; never the size of the batch drawn.
-    sensitivity : float
-        Largest change of the clipped sum when one record is added or removed: C.
+    cap : int
+        Largest batch, 0: none. What is drawn beyond it is left out at random.
+    relation : str
+        What neighbouring data sets are; see :data:`fedllm.privacy.accounting.RELATIONS`.
+    discrete : bool
+        Sum and noise live on a grid of integers.
     """
 
     noise_multiplier: float
     clipping_norm: float
+    units: int
     sample_rate: float
     expected_batch: float
     local_steps: int
     rounds: int
     delta: float
+    relation: str
+    cap: int = 0
+    discrete: bool = False
 
     @property
     def sensitivity(self) -> float:
-        """Return C."""
-        return self.clipping_norm
+        """Return the largest change of the clipped sum between neighbours: C, or 2C if one is replaced."""
+        return self.clipping_norm * (2 if self.relation == REPLACE else 1)
 
     @property
     def noise_deviation(self) -> float:
         """Return the standard deviation of the noise on the clipped sum."""
-        return self.noise_multiplier * self.sensitivity
+        return self.noise_multiplier * self.clipping_norm
+
+    @property
+    def gradient_deviation(self) -> float:
+        """Return the standard deviation of the noise in the privatised gradient."""
+        return self.noise_deviation / self.expected_batch
 
     def spend(self, *, rounds: int = 1) -> Spend:
         """Return the accounting event of some rounds."""
@@ -50,13 +81,52 @@ class PrivacyPlan:
             noise_multiplier=self.noise_multiplier,
             sample_rate=self.sample_rate,
             steps=self.local_steps * rounds,
+            cap=self.cap,
+            records=self.units if self.cap else 0,
         )
+
+    def draw(self, generator: SecureGenerator) -> list[int]:
+        """Return the units of a step, in order; there may be none."""
+        drawn = poisson_sample(self.units, rate=self.sample_rate, generator=generator)
+        return random_subset(drawn, size=self.cap, generator=generator) if self.cap else drawn
+
+    def zeros(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Return the sum over no unit."""
+        dtype = torch.int64 if self.discrete else torch.float32
+        return {name: torch.zeros(tuple(shape), dtype=dtype) for name, shape in shapes.items()}
+
+    def clip(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the clipped sum of per-unit gradients, shape (B, *shape), of all trained matrices.
+
+        With a discrete plan it is in grid steps, as integers.
+        """
+        if self.discrete:
+            return grid_sum(gradients, clipping_norm=self.clipping_norm, step=self._grid)
+        return clipped_sum(gradients, clipping_norm=self.clipping_norm)
+
+    def privatise(self, sums: Mapping[str, Tensor], generator: SecureGenerator) -> dict[str, Tensor]:
+        """Return the step's gradient: (clipped sum + fresh noise) / expected batch, float64."""
+        result = {}
+        for name, value in sums.items():
+            shape = tuple(value.shape)
+            if self.discrete:
+                noise = torch.from_numpy(discrete_gaussian(shape, generator=generator))
+                total = (value.cpu() + noise).double() * self._grid
+            else:
+                drawn = gaussian(shape, deviation=self.noise_deviation, generator=generator)
+                total = value.cpu().double() + torch.from_numpy(drawn)
+            result[name] = total / self.expected_batch
+        return result
+
+    @property
+    def _grid(self) -> float:
+        return self.noise_deviation / float(2**GRID_BITS)
 
 
 def make_plan(
-    config: Config, *, records: int, site: str, round: int = 1, spent: tuple[Spend, ...] = ()
+    config: Config, *, units: int, site: str, round: int = 1, spent: tuple[Spend, ...] = ()
 ) -> PrivacyPlan:
-    """Derive a site's plan from the recipe and its own number of training records.
+    """Derive a site's plan from the recipe and its own number of training units.
 
     Parameters
     ----------
@@ -73,67 +143,84 @@ def make_plan(
         If delta is not below 1/n, or the batch is not smaller than the data set.
     """
     privacy, train, rounds = config.privacy, config.train, config.federation.rounds
-    require_delta(privacy.delta, records=records, site=site)
+    require_delta(privacy.delta, records=units, site=site)
     batch = train.batch_size * train.accumulation
-    if batch >= records:
+    if batch >= units:
         raise PrivacyError(
             f"site {site}: a batch of {batch} records (train.batch_size x train.accumulation) is not "
             "below its number of training records, so sampling cannot be private; use a smaller batch."
         )
-    rate, steps = batch / records, train.local_steps
+    rate, steps = batch / units, train.local_steps
+    cap = batch_cap(records=units, rate=rate, delta=privacy.delta) if privacy.batch_cap else 0
     sigma = privacy.noise_multiplier
     if not sigma:
-        sigma = calibrate(target=privacy.epsilon, delta=privacy.delta, sample_rate=rate, steps=steps * rounds)
-        if sum(spend.steps for spend in spent) > steps * (round - 1):
-            sigma = calibrate(
-                target=privacy.epsilon,
-                delta=privacy.delta,
-                sample_rate=rate,
-                steps=steps * (rounds - round + 1),
-                prior=spent,
-            )
+        late = sum(spend.steps for spend in spent) > steps * (round - 1)
+        sigma = calibrate(
+            target=privacy.epsilon,
+            delta=privacy.delta,
+            sample_rate=rate,
+            steps=steps * (rounds - round + 1 if late else rounds),
+            prior=spent if late else (),
+            cap=cap,
+            records=units if cap else 0,
+            relation=privacy.relation,
+        )
     return PrivacyPlan(
         noise_multiplier=sigma,
         clipping_norm=privacy.clipping_norm,
+        units=units,
         sample_rate=rate,
         expected_batch=float(batch),
         local_steps=steps,
         rounds=rounds,
         delta=privacy.delta,
+        relation=privacy.relation,
+        cap=cap,
+        discrete=privacy.noise == "discrete-gaussian",
     )
 
 
-def basis_plan(config: Config, *, records: int, site: str) -> PrivacyPlan:
-    """Return the plan of one noised sum over about ``adapter.basis_records`` records (dp-gradient).
+def basis_plan(config: Config, *, units: int, site: str) -> PrivacyPlan:
+    """Return the plan of one noised sum over about ``adapter.basis_records`` units (dp-gradient).
 
     Raises
     ------
     PrivacyError
         If delta is not below 1/n, or more records are expected than there are.
     """
-    require_delta(config.privacy.delta, records=records, site=site)
+    require_delta(config.privacy.delta, records=units, site=site)
     expected = config.adapter.basis_records
-    if expected >= records:
+    if expected >= units:
         raise PrivacyError(
             f"site {site}: adapter.basis_records={expected} is not below its number of training records."
         )
     return PrivacyPlan(
         noise_multiplier=config.adapter.basis_noise,
         clipping_norm=config.privacy.clipping_norm,
-        sample_rate=expected / records,
+        units=units,
+        sample_rate=expected / units,
         expected_batch=float(expected),
         local_steps=1,
         rounds=0,
         delta=config.privacy.delta,
+        relation=config.privacy.relation,
     )
 
 
-def authorise(plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str, round: int) -> float:
+def authorise(
+    plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str, round: int, data: str
+) -> float:
     """Book one round if the site's policy and budget allow it, and return the run's epsilon after it.
 
     The projection covers the rounds still planned, so that a run which cannot be finished is
-    refused at its start rather than in the middle. The data set's name comes from the policy
-    alone: nothing a server sends can open a fresh budget.
+    refused at its start rather than in the middle. What counts as the same data set the policy and
+    the records decide: nothing a server sends can open a fresh budget.
+
+    Parameters
+    ----------
+    data : str
+        Fingerprint of the training records. Spends on the same records count whatever name the
+        policy had for them.
 
     Raises
     ------
@@ -141,11 +228,14 @@ def authorise(plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str
         If the projection exceeds the policy's largest epsilon; nothing is booked then.
     """
     policy.require_noise(plan.noise_multiplier)
-    entries = ledger.entries(dataset=policy.dataset)
+    entries = ledger.entries(dataset=policy.dataset, data=data)
     spent = [entry.spend for entry in entries]
     planned = [*spent, plan.spend(rounds=plan.rounds - round + 1)]
-    if not within(planned, delta=policy.max_delta, limit=policy.max_epsilon * (1 + 1e-6)):
-        projected, held = (epsilon(total, delta=policy.max_delta) for total in (planned, spent))
+    limit, relation = policy.max_epsilon * (1 + 1e-6), plan.relation
+    if not within(planned, delta=policy.max_delta, limit=limit, relation=relation):
+        projected, held = (
+            epsilon(total, delta=policy.max_delta, relation=relation) for total in (planned, spent)
+        )
         raise BudgetError(
             f"site {policy.site}: budget exhausted. {held:.2f} of epsilon {policy.max_epsilon:g} is spent "
             f"on this data set and the remaining rounds would bring it to {projected:.2f}."
@@ -153,13 +243,19 @@ def authorise(plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str
     ledger.book(
         Entry(
             dataset=policy.dataset,
+            data=data,
             run=run,
             round=round,
             clipping_norm=plan.clipping_norm,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,
             steps=plan.local_steps,
+            cap=plan.cap,
+            records=plan.spend().records,
+            relation=relation,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
+            salt=new_salt(),
         )
     )
-    return epsilon([*(e.spend for e in entries if e.run == run), plan.spend()], delta=plan.delta)
+    own = [*(entry.spend for entry in entries if entry.run == run), plan.spend()]
+    return epsilon(own, delta=plan.delta, relation=relation)

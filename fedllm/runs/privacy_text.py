@@ -7,6 +7,17 @@ from dataclasses import dataclass
 
 from fedllm.config import Config
 
+RELATION_WORDS = {
+    "add-or-remove-one": "one unit is added or removed",
+    "zero-out-one": "one unit is replaced by an empty one that contributes nothing",
+    "replace-one": "one unit is replaced by any other",
+}
+NOISE_WORDS = {
+    "gaussian": "Gaussian, from an AES-256 stream keyed by the operating system",
+    "discrete-gaussian": "discrete Gaussian on a grid of integers, from an AES-256 stream keyed by the "
+    "operating system",
+}
+
 
 @dataclass(frozen=True)
 class PrivacyStatement:
@@ -50,6 +61,10 @@ def privacy_statement(
         else "derived by each site from its budget"
     )
     budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else "each site's own policy"
+    expected = config.train.batch_size * config.train.accumulation
+    sampler = f"Poisson, {expected} units a step expected"
+    if privacy.batch_cap:
+        sampler += "; batches above a bound that a draw passes with probability delta/1000 are cut to it"
     heldout = (
         "metrics on held-out records, which the recipe declares public"
         if config.data.heldout_public
@@ -63,18 +78,16 @@ def privacy_statement(
         ),
         (
             ("Unit of privacy", unit),
-            ("Relation", "add or remove one unit"),
-            (
-                "Sampler",
-                f"Poisson, {config.train.batch_size * config.train.accumulation} records a step expected",
-            ),
+            ("Relation", RELATION_WORDS[privacy.relation]),
+            ("Sampler", sampler),
+            ("Noise", NOISE_WORDS[privacy.noise]),
             ("Accountant", "PLD (privacy loss distribution)"),
             ("Clipping norm", f"{privacy.clipping_norm:g}"),
             ("Noise multiplier", noise),
             ("Budget of the recipe", f"{budget}, delta {privacy.delta:g}"),
             (f"Epsilon spent at delta {privacy.delta:g}", ", ".join(spent) or "none reported yet"),
             ("Shown beside the update", heldout),
-            ("Not sent", "the number of records, error texts"),
+            ("Not sent", "the number of records, training losses, error texts with contents"),
             (
                 "Not covered",
                 "the list of labels, the prompt and all other settings; which sites take part, when they "

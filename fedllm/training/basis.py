@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedllm.adapters.state import AdapterSpec
@@ -14,7 +15,7 @@ from fedllm.config import Config
 from fedllm.data.encode import Encoded, collate
 from fedllm.errors import ConfigError
 from fedllm.models.load import load_base, load_tokenizer
-from fedllm.privacy.noise import SecureGenerator
+from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training.forward import causal_losses
 
@@ -22,16 +23,17 @@ Gradients = dict[str, npt.NDArray[np.float32]]
 
 
 def weight_gradients(
-    config: Config, spec: AdapterSpec, records: Sequence[Encoded], *, plan: PrivacyPlan | None
+    config: Config, spec: AdapterSpec, units: Sequence[Sequence[Encoded]], *, plan: PrivacyPlan | None
 ) -> Gradients:
-    """Return the summed gradient of every adapted weight over some records.
+    """Return the mean gradient of every adapted weight over some units' records.
 
     Parameters
     ----------
-    records : Sequence[Encoded]
-        Without a plan any records; with one a Poisson sample, which may be empty.
+    units : sequence of sequences of Encoded
+        Without a plan any; with one what it drew, which may be none.
     plan : PrivacyPlan or None
-        Clip each record's gradient over all weights jointly to its C and add its noise to the sum.
+        Clip each unit's gradient over all weights jointly, add noise to the sum, and divide by the
+        expected number of units.
 
     Returns
     -------
@@ -48,30 +50,33 @@ def weight_gradients(
     base = load_base(config.model)
     pad = int(load_tokenizer(config.model).pad_token_id)
     weights = {module: base.get_submodule(module).get_parameter("weight") for module in spec.shapes}
-    sums = {module: np.zeros(shape, np.float32) for module, shape in spec.shapes.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
+    if plan is None:
+        sums = {module: torch.zeros(shape) for module, shape in spec.shapes.items()}
+        for unit in units:
+            for module, value in _mean_gradient(base, weights, unit, pad).items():
+                sums[module] += value / len(units)
+        return {module: value.numpy() for module, value in sums.items()}
+    sums = plan.zeros(spec.shapes)
+    for unit in units:
+        found = _mean_gradient(base, weights, unit, pad)
+        for module, value in plan.clip({m: g[None] for m, g in found.items()}).items():
+            sums[module] += value
+    return {
+        module: value.float().numpy() for module, value in plan.privatise(sums, SecureGenerator()).items()
+    }
+
+
+def _mean_gradient(
+    base: PreTrainedModel, weights: dict[str, torch.nn.Parameter], records: Sequence[Encoded], pad: int
+) -> dict[str, Tensor]:
     for record in records:
-        found = _one_record(base, weights, record, pad)
-        size = float(np.sqrt(sum(float(np.sum(value.astype(np.float64) ** 2)) for value in found.values())))
-        factor = 1.0 if plan is None else min(1.0, plan.clipping_norm / max(size, 1e-12))
-        if np.isfinite(size):
-            for module, value in found.items():
-                sums[module] += factor * value
-    if plan is not None:
-        generator = SecureGenerator()
-        for value in sums.values():
-            value += (plan.noise_deviation * generator.normal(value.shape)).astype(np.float32)
-    return sums
-
-
-def _one_record(
-    base: PreTrainedModel, weights: dict[str, torch.nn.Parameter], record: Encoded, pad: int
-) -> Gradients:
-    causal_losses(base, collate([record], pad)).sum().backward()  # type: ignore[no-untyped-call]
-    found: Gradients = {}
+        loss = causal_losses(base, collate([record], pad)).sum() / len(records)
+        loss.backward()  # type: ignore[no-untyped-call]
+    found = {}
     for module, weight in weights.items():
         assert weight.grad is not None, "every adapted weight takes part in the loss"
-        found[module] = weight.grad.float().cpu().numpy()
+        found[module] = weight.grad.float().cpu()
         weight.grad = None
     return found

@@ -17,10 +17,11 @@ from fedllm.data.order import batch_indices
 from fedllm.errors import PrivacyError, RunError
 from fedllm.evaluation.metrics import Scores, accuracy, macro_f1
 from fedllm.models.fingerprint import weights_fingerprint
-from fedllm.privacy.noise import SecureGenerator, poisson_sample
+from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training.forward import label_scores, record_losses
 from fedllm.training.hyper import ClientRate
+from fedllm.training.optimizers import make_optimizer
 from fedllm.training.session import Session, SiteTokens
 from fedllm.training.steps import (
     learning_rate,
@@ -83,7 +84,12 @@ def train_round(
     write_state(session.method, session.model, state)
     trained = session.trainable(train)
     session.model.train(config.adapter.dropout > 0)
-    optimizer = torch.optim.AdamW(list(trained.values()), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(
+        trained.values(),
+        settings,
+        noise_deviation=0.0 if plan is None else plan.gradient_deviation,
+        floor=config.privacy.adam_floor,
+    )
     generator = SecureGenerator()
     torch.manual_seed(_dropout_seed(config, site.name, round))
     rate = ClientRate(
@@ -111,10 +117,13 @@ def train_round(
             losses.append(plain_gradients(session, records, micro_batch=settings.micro_batch))
             optimizer.step()
         else:
-            chosen = poisson_sample(len(site.train), rate=plan.sample_rate, generator=generator)
-            records = [site.train[index] for index in chosen]
             private_gradients(
-                session, trained, records, plan=plan, generator=generator, micro_batch=settings.micro_batch
+                session,
+                trained,
+                site.units_of_records,
+                plan=plan,
+                generator=generator,
+                micro_batch=settings.micro_batch,
             )
             _checked_step(session, trained, optimizer, first=local == 0)
         if settings.fedhyper != "none":

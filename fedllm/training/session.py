@@ -20,7 +20,8 @@ from fedllm.data.sites import SiteData
 from fedllm.errors import DataError
 from fedllm.models.fingerprint import weights_fingerprint
 from fedllm.models.load import load_base, load_tokenizer, require_plain_head
-from fedllm.privacy.per_example import GradientSink, record_gradients
+from fedllm.privacy.engines import ENGINES
+from fedllm.privacy.per_example import Recorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class Session:
         The causal language model or encoder inside it, adapter included.
     parameters : dict[str, nn.Parameter]
         Key (as in the adapter state) -> trained parameter.
-    sink : GradientSink or None
-        Where per-example gradients arrive in private runs.
+    recorder : Recorder or None
+        What hands out per-example gradients in private runs.
     weights : str
         Fingerprint of the base weights.
     prefix : Tensor or None
@@ -48,7 +49,7 @@ class Session:
     model: nn.Module
     base: PreTrainedModel
     parameters: dict[str, nn.Parameter]
-    sink: GradientSink | None
+    recorder: Recorder | None
     weights: str
     pad_id: int
     prefix: Tensor | None
@@ -69,17 +70,25 @@ class SiteTokens:
 
     Attributes
     ----------
+    units : tuple[tuple[int, ...], ...]
+        The privacy units: positions in ``train`` of the records each owns.
     label_tokens : tuple
         Tokens of every label text, each with the token that ends an answer; empty for free text.
     """
 
     name: str
     train: tuple[Encoded, ...]
+    units: tuple[tuple[int, ...], ...]
     heldout: tuple[Encoded, ...]
     train_labels: tuple[str, ...]
     heldout_labels: tuple[str, ...]
     labels: tuple[str, ...]
     label_tokens: tuple[tuple[int, ...], ...]
+
+    @property
+    def units_of_records(self) -> list[list[Encoded]]:
+        """Return the privacy units, each as its training records."""
+        return [[self.train[position] for position in unit] for unit in self.units]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +97,7 @@ class _SessionKey:
 
     model: ModelSettings
     digest: str
-    private: bool
+    engine: str
     dropout: float
     spec: AdapterSpec = field(compare=False)
     basis: Basis = field(compare=False)
@@ -111,7 +120,7 @@ def _open(key: _SessionKey) -> Session:
         model=wrapped,
         base=base,
         parameters=parameters,
-        sink=record_gradients(wrapped, parameters) if key.private else None,
+        recorder=ENGINES[key.engine](wrapped, parameters) if key.engine else None,
         weights=weights,
         pad_id=int(load_tokenizer(key.model).pad_token_id),
         prefix=prefix_of(wrapped),
@@ -130,7 +139,7 @@ def open_session(config: Config, spec: AdapterSpec, basis: Basis) -> Session:
         _SessionKey(
             model=config.model,
             digest=spec.digest,
-            private=config.privacy.enabled,
+            engine=config.privacy.engine if config.privacy.enabled else "",
             dropout=config.adapter.dropout,
             spec=spec,
             basis=basis,
@@ -168,6 +177,7 @@ def tokenise(site: SiteData, config: Config) -> SiteTokens:
     return SiteTokens(
         name=site.name,
         train=tuple(encoder.encode(example) for example in site.train),
+        units=site.units,
         heldout=tuple(encoder.encode(example) for example in site.heldout),
         train_labels=tuple(example.label for example in site.train),
         heldout_labels=tuple(example.label for example in site.heldout),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from fedllm.config import TrainSettings
 from fedllm.data.encode import Encoded
 from fedllm.errors import PrivacyError
-from fedllm.privacy.clipping import clipped_sum
-from fedllm.privacy.noise import SecureGenerator
+from fedllm.privacy.clipping import owned_means
+from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
+from fedllm.privacy.sampling import random_subset
 from fedllm.training.forward import record_losses
 from fedllm.training.session import Session
 
@@ -49,43 +50,107 @@ def plain_gradients(session: Session, records: Sequence[Encoded], *, micro_batch
     return total / len(records)
 
 
+def unit_batches(units: Sequence[Sequence[Encoded]], size: int) -> Iterator[list[Sequence[Encoded]]]:
+    """Yield units of similar length in chunks of at most ``size`` records; no unit is divided."""
+    ordered = sorted(units, key=lambda unit: max(len(r.prompt) + len(r.answer) for r in unit))
+    chunk: list[Sequence[Encoded]] = []
+    held = 0
+    for unit in ordered:
+        if chunk and held + len(unit) > size:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(unit)
+        held += len(unit)
+    if chunk:
+        yield chunk
+
+
 def private_gradients(
     session: Session,
     trained: Mapping[str, nn.Parameter],
-    records: Sequence[Encoded],
+    units: Sequence[Sequence[Encoded]],
     *,
     plan: PrivacyPlan,
     generator: SecureGenerator,
     micro_batch: int,
 ) -> None:
-    """Leave the privatised gradient in ``.grad``: (sum of clipped + noise) / expected batch.
-
-    ``records`` is a Poisson sample and may be empty: then there is no forward pass, only noise.
+    """Leave a step's privatised gradient in ``.grad``.
 
     Parameters
     ----------
     trained : Mapping[str, Parameter]
         Key -> parameter of the matrices that train in this round; clipped jointly.
+    units : sequence of sequences of Encoded
+        All privacy units of the site, each with its records; the plan draws some of them.
 
     Raises
     ------
     PrivacyError
         If a trained matrix had no per-example gradient (its update would be noise alone).
     """
-    if session.sink is None:
+    recorder = session.recorder
+    if recorder is None:
         raise PrivacyError("the session was not opened for private training.")
-    sums = {key: torch.zeros_like(value) for key, value in trained.items()}
-    for chunk in micro_batches(records, micro_batch):
-        losses = record_losses(session, chunk)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        gradients = session.sink.take()
-        _require_all(session, trained, gradients, rows=len(chunk))
-        for key, value in clipped_sum(gradients, clipping_norm=plan.clipping_norm).items():
-            sums[key] += value
-    for key, parameter in trained.items():
-        noise = plan.noise_deviation * generator.normal(tuple(parameter.shape))
-        drawn = torch.from_numpy(noise).to(device=parameter.device, dtype=torch.float64)
-        parameter.grad = ((sums[key].double() + drawn) / plan.expected_batch).to(parameter.dtype)
+
+    def gradients_of(records: Sequence[Encoded]) -> dict[str, Tensor]:
+        record_losses(session, records).sum().backward()  # type: ignore[no-untyped-call]
+        gradients = recorder.take()
+        _require_all(session, trained, gradients, rows=len(records))
+        return gradients
+
+    found = private_release(
+        {key: value.shape for key, value in trained.items()},
+        units,
+        gradients_of=gradients_of,
+        plan=plan,
+        generator=generator,
+        micro_batch=micro_batch,
+    )
+    for key, value in found.items():
+        parameter = trained[key]
+        parameter.grad = value.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def private_release(
+    shapes: Mapping[str, Sequence[int]],
+    units: Sequence[Sequence[Encoded]],
+    *,
+    gradients_of: Callable[[Sequence[Encoded]], dict[str, Tensor]],
+    plan: PrivacyPlan,
+    generator: SecureGenerator,
+    micro_batch: int,
+) -> dict[str, Tensor]:
+    """Return what a private step makes of a site's records: (sum of clipped + noise) / expected batch.
+
+    Each unit drawn contributes the clipped mean gradient of its records, of at most ``micro_batch``
+    of them, drawn anew each step. If none is drawn, no gradient is computed and noise alone remains.
+
+    Parameters
+    ----------
+    shapes : Mapping
+        Key -> shape of every matrix that trains.
+    units : sequence of sequences of Encoded
+        All privacy units of the site, each with its records.
+    gradients_of : callable
+        Returns key -> per-record gradients of some records, shape (B, *shape), float32.
+    """
+    sums = plan.zeros(shapes)
+    drawn = [_some(units[unit], most=micro_batch, generator=generator) for unit in plan.draw(generator)]
+    for chunk in unit_batches(drawn, micro_batch):
+        gradients = gradients_of([record for unit in chunk for record in unit])
+        sizes = torch.tensor([len(unit) for unit in chunk])
+        if int(sizes.sum()) > len(chunk):
+            owners = torch.arange(len(chunk)).repeat_interleave(sizes)
+            gradients = owned_means(gradients, owners, units=len(chunk))
+        for key, value in plan.clip(gradients).items():
+            sums[key] = sums[key].to(value.device) + value
+    return plan.privatise(sums, generator)
+
+
+def _some(unit: Sequence[Encoded], *, most: int, generator: SecureGenerator) -> Sequence[Encoded]:
+    if len(unit) <= most:
+        return unit
+    return [unit[index] for index in random_subset(range(len(unit)), size=most, generator=generator)]
 
 
 def _require_all(

@@ -40,7 +40,7 @@ def test_a_report_counts_what_is_wrong(path: Path, tokenizer: PreTrainedTokenize
         "1 texts occur with more than one label.",
         "2 of 2 labels have fewer than 10 records.",
         "25% of texts lose their end at train.max_length=128.",
-        "one 'patient' owns up to 2 records; a private run takes one record a unit.",
+        "one 'patient' owns up to 2 records; a private run protects it as a whole.",
     )
 
 

@@ -125,14 +125,27 @@ def test_units_are_counted(tmp_path: Path) -> None:
     rows = [Example(f"text {i}", "x", f"p{i // 2}") for i in range(10)]
     path = write(tmp_path, rows)
     grouped = site_from_file(replace(FILE, unit="unit", heldout=0.0), path=path, name="a", seed=1)
-    assert (grouped.units, grouped.units_repeat, len(grouped.train)) == (5, True, 10)
+    assert len(grouped.train) == 10
+    assert sorted(sum(grouped.units, ())) == list(range(10))
+    owners = [{grouped.train[position].unit for position in unit} for unit in grouped.units]
+    assert sorted(map(sorted, owners)) == [["p0"], ["p1"], ["p2"], ["p3"], ["p4"]]
     single = site_from_file(replace(FILE, heldout=0.0), path=path, name="a", seed=1)
-    assert (single.units, single.units_repeat) == (10, False)
+    assert single.units == tuple((position,) for position in range(10))
     assert single.train[0].unit == ""
     distinct = site_from_file(
         replace(FILE, unit="unit", heldout=0.0), path=write(tmp_path, many(10)), name="a", seed=1
     )
-    assert (distinct.units, distinct.units_repeat) == (10, False)
+    assert sorted(map(len, distinct.units)) == [1] * 10
+
+
+def test_a_unit_that_leaves_takes_only_its_own_records(tmp_path: Path) -> None:
+    # both units own the same text: were one copy dropped, the other's owner would decide about it
+    rows = [*many(6), Example("shared", "x", "p-a"), Example("shared", "x", "p-b")]
+    data = replace(FILE, unit="unit", heldout=0.0)
+    whole = site_from_file(data, path=write(tmp_path, rows), name="a", seed=1)
+    without = site_from_file(data, path=write(tmp_path, [*rows[:6], rows[7]]), name="a", seed=1)
+    assert set(whole.train) - set(without.train) == {rows[6]}
+    assert len(whole.train) == 8
 
 
 def test_a_public_file_replaces_the_held_out_share(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_info
 from fedllm.adapters.export import save_peft_adapter
 from fedllm.config import Config
 from fedllm.errors import BudgetError, FedllmError, MismatchError, RunError
+from fedllm.federation import client as client_module
 from fedllm.federation.records import pack, unpack, wire_size
 from fedllm.federation.run import start_run
 from fedllm.federation.site import identify, public_reason
@@ -231,6 +232,7 @@ def test_only_the_agreed_notes_leave_a_private_site(federate: Any) -> None:
         "has_basis",
         "weights",
         "epsilon",
+        "ledger",
     }
     assert set().union(*seen) <= allowed
 
@@ -264,14 +266,62 @@ def test_a_delta_above_one_over_n_is_refused_before_any_round(federate: Any) -> 
         federate(**(PRIVATE | {"privacy__delta": 0.01}))
 
 
-def test_repeating_units_are_refused_in_private_runs(federate: Any, tmp_path: Path) -> None:
-    rows = ["text,label,patient", *[f"note {i},{'ab'[i % 2]},p{i // 2}" for i in range(120)]]
+def test_a_private_run_protects_units_as_a_whole(federate: Any, tmp_path: Path) -> None:
+    rows = ["text,label,patient", *[f"note {i},{'ab'[i % 2]},p{i // 4}" for i in range(240)]]
     path = tmp_path / "records.csv"
     path.write_text("\n".join(rows))
     file = {"data__source": "file", "data__path": str(path), "data__unit": "patient"}
-    with pytest.raises(RunError, match="own several records"):
-        federate(**PRIVATE, **file)
-    assert federate(dir="open", **file).report_file.is_file()
+    single = {"data__source": "file", "data__path": str(path)}
+    entries = []
+    for name, data in (("units", file), ("records", single)):
+        folder = federate(dir=name, **PRIVATE, **data, federation__sites=1)
+        entries.append(Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()[0])
+    # the sample rate is that of units, of which there are about a quarter as many
+    assert entries[0].sample_rate > 3 * entries[1].sample_rate
+
+
+def test_a_ledger_that_was_rolled_back_is_refused(federate: Any, resume: Any, events: Any) -> None:
+    def lose(message: Message, reply: Message) -> Message:
+        if is_train(message) and message.metadata.group_id == "1":
+            name = site_of(reply)
+            if name == "site-1":
+                (folder_of[0] / "sites" / name / "ledger.sqlite").unlink()
+        return reply
+
+    folder_of = [Path(federate(dir="spare").path.parent) / "run"]
+    folder = federate(lose, **PRIVATE)
+    refused = [event for event in events(folder, "site_reply") if not event["accepted"]]
+    assert [(event["site"], event["round"]) for event in refused] == [("site-1", 2)]
+    assert "lost, rolled back or replaced" in refused[0]["reason"]
+
+
+def test_a_value_outside_the_list_does_not_leave(federate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = client_module.require_released
+
+    def forgetful(names: Any, **options: Any) -> None:
+        real([*names, "gradient_norm"], **options)
+
+    monkeypatch.setattr(client_module, "require_released", forgetful)
+    with pytest.raises(RunError, match="'gradient_norm' may not leave a site in a private run"):
+        federate(**PRIVATE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"privacy__relation": "replace-one"},
+        {"privacy__relation": "zero-out-one", "privacy__batch_cap": True},
+        {"privacy__noise": "discrete-gaussian"},
+        {"train__optimizer": "adam-bc"},
+        {"train__optimizer": "sgd"},
+        {"privacy__engine": "opacus"},
+    ],
+)
+def test_private_variants_run_within_their_epsilon(settings: Any, federate: Any, events: Any) -> None:
+    folder = federate(**PRIVATE, **settings)
+    replies = events(folder, "site_reply")
+    assert all(event["accepted"] for event in replies), replies
+    assert all(5.4 < event["epsilon"] <= 6.0 for event in replies if event["round"] == 2)
 
 
 def test_public_svd_is_made_at_a_site_shipped_once_and_counted(

@@ -9,20 +9,25 @@ import pytest
 
 from fedllm.config import Config
 from fedllm.errors import BudgetError, ConfigError, PrivacyError
-from fedllm.privacy.ledger import GENESIS, Entry, Ledger
+from fedllm.privacy.ledger import GENESIS, Entry, Ledger, new_salt
 from fedllm.privacy.plan import PrivacyPlan, authorise, make_plan
 from fedllm.privacy.policy import SitePolicy, load_policy
 
 
-def entry(round: int, dataset: str = "records") -> Entry:
+def entry(round: int, dataset: str = "records", data: str = "f") -> Entry:
     return Entry(
         dataset=dataset,
         run="r",
+        data=data,
         round=round,
         clipping_norm=1.0,
         noise_multiplier=0.9,
         sample_rate=0.01,
         steps=8,
+        cap=0,
+        records=0,
+        relation="add-or-remove-one",
+        salt=new_salt(),
         time="2026-01-01T00:00:00+00:00",
     )
 
@@ -60,6 +65,41 @@ def test_tampering_is_noticed(tmp_path: Path, damage: str) -> None:
         ledger.book(entry(4))
 
 
+def test_a_rolled_back_or_lost_ledger_is_noticed_by_its_head(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    ledger = Ledger(path)
+    ledger.book(entry(1))
+    older = path.read_bytes()
+    ledger.require_head(GENESIS)
+    ledger.book(entry(2))
+    seen = ledger.head
+    ledger.book(entry(3))
+    ledger.require_head(seen)
+    path.write_bytes(older)
+    with pytest.raises(PrivacyError, match="lost, rolled back or replaced"):
+        Ledger(path).require_head(seen)
+    path.unlink()
+    with pytest.raises(PrivacyError, match="lost, rolled back or replaced"):
+        Ledger(path).require_head(seen)
+
+
+def test_the_head_does_not_tell_what_was_booked(tmp_path: Path) -> None:
+    heads = []
+    for name in ("a", "b"):
+        ledger = Ledger(tmp_path / name)
+        ledger.book(entry(1))
+        heads.append(ledger.head)
+    assert heads[0] != heads[1]
+
+
+def test_the_same_records_under_another_name_share_a_budget(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    ledger.book(entry(1, dataset="old", data="same"))
+    ledger.book(entry(2, dataset="new", data="other"))
+    ledger.book(entry(3, dataset="third", data="third"))
+    assert [found.round for found in ledger.entries(dataset="new", data="same")] == [1, 2]
+
+
 def test_a_file_that_is_no_database_stops_training(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_text("not a database, but long enough to look like one " * 20)
@@ -81,18 +121,18 @@ def private(**settings: float) -> Config:
 
 
 def plan_of(config: Config, **more: object) -> PrivacyPlan:
-    return make_plan(config, records=2000, site="x", **more)  # type: ignore[arg-type]
+    return make_plan(config, units=2000, site="x", **more)  # type: ignore[arg-type]
 
 
 def test_budget_is_projected_booked_and_enforced_over_runs(tmp_path: Path) -> None:
     plan = plan_of(private(privacy__epsilon=3.0))
     policy = SitePolicy(site="x", max_epsilon=3.0, min_noise_multiplier=0.1)
     ledger = Ledger(tmp_path / "l.sqlite")
-    spent = [authorise(plan, policy=policy, ledger=ledger, run="a", round=r) for r in (1, 2, 3, 4)]
+    spent = [authorise(plan, policy=policy, ledger=ledger, run="a", round=r, data="f") for r in (1, 2, 3, 4)]
     assert spent == sorted(spent)
     assert 2.9 < spent[-1] <= 3.0
     with pytest.raises(BudgetError, match=r"site x: budget exhausted. 3.00 of epsilon 3 is spent"):
-        authorise(plan, policy=policy, ledger=ledger, run="b", round=1)
+        authorise(plan, policy=policy, ledger=ledger, run="b", round=1, data="f")
     assert len(ledger.entries()) == 4
 
 
@@ -101,7 +141,7 @@ def test_a_run_that_cannot_finish_is_refused_at_its_start(tmp_path: Path) -> Non
     policy = SitePolicy(site="x", max_epsilon=2.0, min_noise_multiplier=0.1)
     ledger = Ledger(tmp_path / "l.sqlite")
     with pytest.raises(BudgetError, match="would bring it to"):
-        authorise(plan, policy=policy, ledger=ledger, run="a", round=1)
+        authorise(plan, policy=policy, ledger=ledger, run="a", round=1, data="f")
     assert ledger.entries() == ()
 
 

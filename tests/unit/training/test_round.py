@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.state import AdapterState
 from fedllm.config import Config
+from fedllm.data.encode import Encoded
 from fedllm.data.sites import simulated_site
 from fedllm.errors import PrivacyError
-from fedllm.privacy.noise import SecureGenerator
+from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training import round as round_module
 from fedllm.training.forward import record_losses
@@ -62,17 +67,41 @@ def go(
     return train_round(session, site, config=config, state=state, round=round, plan=plan, **settings)  # type: ignore[arg-type]
 
 
-def plan(**changes: float) -> PrivacyPlan:
+def plan(**changes: object) -> PrivacyPlan:
     values = {
         "noise_multiplier": 0.5,
         "clipping_norm": 0.1,
+        "units": 200,
         "sample_rate": 0.03,
         "expected_batch": 6.0,
         "local_steps": 3,
         "rounds": 3,
         "delta": 1e-5,
+        "relation": "add-or-remove-one",
     }
     return PrivacyPlan(**(values | changes))  # type: ignore[arg-type]
+
+
+def all_of(units: int, **changes: object) -> PrivacyPlan:
+    """Return a plan that takes every unit."""
+    return plan(units=units, sample_rate=1.0, **changes)
+
+
+def alone(records: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Return units of one record."""
+    return [[record] for record in records]
+
+
+def released(session: Session, units: Sequence[Sequence[Encoded]], the_plan: PrivacyPlan) -> Tensor:
+    """Return what a private step releases of some units, all matrices in one vector."""
+    whole = replace(the_plan, units=len(units), sample_rate=1.0)
+    private_gradients(
+        session, session.parameters, units, plan=whole, generator=SecureGenerator(), micro_batch=4
+    )
+    found = torch.cat([value.grad.flatten() for value in session.parameters.values()])
+    for parameter in session.parameters.values():
+        parameter.grad = None
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -134,7 +163,12 @@ def test_private_gradient_without_noise_is_the_clipped_sum(
     monkeypatch.setattr(SecureGenerator, "normal", lambda self, shape: np.zeros(shape))
     records = site.train[:5]
     private_gradients(
-        session, session.parameters, records, plan=plan(), generator=SecureGenerator(), micro_batch=2
+        session,
+        session.parameters,
+        alone(records),
+        plan=all_of(5),
+        generator=SecureGenerator(),
+        micro_batch=2,
     )
     found = {key: value.grad.clone() for key, value in session.parameters.items()}
     expected = {key: torch.zeros_like(value) for key, value in session.parameters.items()}
@@ -142,8 +176,8 @@ def test_private_gradient_without_noise_is_the_clipped_sum(
         for parameter in session.parameters.values():
             parameter.grad = None
         record_losses(session, [record]).sum().backward()
-        assert session.sink is not None
-        single = {key: value[0] for key, value in session.sink.take().items()}
+        assert session.recorder is not None
+        single = {key: value[0] for key, value in session.recorder.take().items()}
         norm = sum(value.square().sum() for value in single.values()).sqrt()
         for key, value in single.items():
             expected[key] += value * min(1.0, 0.1 / float(norm)) / 6.0
@@ -157,7 +191,7 @@ def test_an_empty_batch_is_noise_alone_and_takes_no_forward_pass(monkeypatch: py
     _, session, _, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
     monkeypatch.setattr("fedllm.training.steps.record_losses", lambda *a: pytest.fail("a forward pass"))
     private_gradients(
-        session, session.parameters, [], plan=plan(), generator=SecureGenerator(), micro_batch=2
+        session, session.parameters, [], plan=all_of(0), generator=SecureGenerator(), micro_batch=2
     )
     values = torch.cat([p.grad.flatten() for p in session.parameters.values()])
     # deviation of the noise on the mean gradient: sigma C / expected batch
@@ -169,19 +203,66 @@ def test_an_empty_batch_is_noise_alone_and_takes_no_forward_pass(monkeypatch: py
 def test_a_record_moves_the_release_by_at_most_the_clipping_norm() -> None:
     # unequal lengths: a loss over the batch's tokens would break this bound
     _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
-    quiet = plan(noise_multiplier=0.0)
     ordered = sorted(site.train, key=lambda record: len(record.prompt))
     records = [*ordered[:6], ordered[-1]]
     sums = []
     for chosen in (records, records[:-1]):
         private_gradients(
-            session, session.parameters, chosen, plan=quiet, generator=SecureGenerator(), micro_batch=3
+            session,
+            session.parameters,
+            alone(chosen),
+            plan=all_of(len(chosen), noise_multiplier=0.0),
+            generator=SecureGenerator(),
+            micro_batch=3,
         )
         sums.append({key: value.grad.clone() * 6.0 for key, value in session.parameters.items()})
         for parameter in session.parameters.values():
             parameter.grad = None
     moved = sum((sums[0][key] - sums[1][key]).square().sum() for key in sums[0]).sqrt()
     assert 0 < float(moved) <= 0.1 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_unit_of_many_records_moves_the_release_by_at_most_the_clipping_norm(discrete: bool) -> None:
+    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    # the grid follows the noise: with next to none it is fine enough to compare with the plain sum
+    quiet = plan(noise_multiplier=1e-6 if discrete else 0.0, discrete=discrete)
+    units = [site.train[:3], site.train[3:4], site.train[4:20]]
+    whole, without = released(session, units, quiet), released(session, units[:2], quiet)
+    moved = float((whole - without).norm()) * 6.0
+    assert 0 < moved <= 0.1 * (1 + 1e-3)
+    if discrete:
+        plain = released(session, units[:2], plan(noise_multiplier=0.0))
+        assert torch.allclose(without, plain, atol=1e-5)
+
+
+def test_a_units_gradient_is_the_mean_of_its_records() -> None:
+    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    wide = plan(noise_multiplier=0.0, clipping_norm=1e9)
+    together = released(session, [site.train[:3], site.train[3:5]], wide)
+    single = [released(session, [[record]], wide) for record in site.train[:5]]
+    expected = sum(single[:3], torch.zeros(())) / 3 + sum(single[3:], torch.zeros(())) / 2
+    assert torch.allclose(together, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "fed-sb"])
+def test_opacus_engine_gives_the_same_gradient(method: str) -> None:
+    quiet, found = plan(noise_multiplier=0.0), []
+    for engine in ("own", "opacus"):
+        _, session, site, state = make(
+            adapter__method=method,
+            privacy__enabled=True,
+            privacy__noise_multiplier=0.5,
+            privacy__engine=engine,
+        )
+        with torch.no_grad():
+            for parameter in session.parameters.values():
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+        session.trainable(session.method.matrices(session.spec))
+        found.append(released(session, alone(site.train[:5]), quiet))
+        assert state.spec.method == method
+    assert torch.allclose(*found, atol=1e-6)
+    assert float(found[0].norm()) > 0
 
 
 def test_private_rounds_are_not_reproducible_and_withhold_the_loss() -> None:
@@ -221,15 +302,15 @@ def test_a_session_without_private_path_refuses_to_train_privately() -> None:
 
 def test_a_missing_per_example_gradient_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
     _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
-    assert session.sink is not None
-    real = session.sink.take
-    monkeypatch.setattr(session.sink, "take", lambda: dict(list(real().items())[1:]))
+    assert session.recorder is not None
+    real = session.recorder.take
+    monkeypatch.setattr(session.recorder, "take", lambda: dict(list(real().items())[1:]))
     with pytest.raises(PrivacyError, match="has no per-example gradient; the private path is not active"):
         private_gradients(
             session,
             session.parameters,
-            site.train[:2],
-            plan=plan(),
+            alone(site.train[:2]),
+            plan=all_of(2),
             generator=SecureGenerator(),
             micro_batch=2,
         )
