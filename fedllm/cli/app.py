@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedllm.cli import compare, data, models, recipes, runs
+from fedllm.cli import audit, budget, compare, data, models, recipes, runs
 from fedllm.cli import methods as catalogue
 from fedllm.errors import FedllmError
 
@@ -29,12 +29,14 @@ app.command("cp")(recipes.copy)
 app.command("settings")(recipes.settings)
 app.command("methods")(catalogue.methods)
 app.command("bytes")(catalogue.compare_bytes)
+app.command("audit")(audit.audit)
 app.command("show")(runs.show)
 app.command("report")(runs.report)
 app.command("generate")(runs.generate)
 app.command("export")(runs.export)
 app.add_typer(models.app, name="models")
 app.add_typer(data.app, name="data")
+app.add_typer(budget.app, name="budget")
 
 
 def _version(value: bool) -> None:

@@ -103,14 +103,14 @@ def identify(context: Context, config: Config, index: int) -> Site:
         If the policy cannot be read.
     """
     if "policy" in context.node_config:
-        return _real_site(Path(str(context.node_config["policy"])), config)
+        return real_site(Path(str(context.node_config["policy"])), config)
     if not (context.node_config.get("simulated") is True or in_simulation()):
         raise BudgetError(
             "this SuperNode names no site policy; start it with --node-config 'policy=\"/path/site.toml\"'."
         )
     name = site_names(config.data, sites=config.federation.sites)[index]
     folder = Path(config.run.dir) / "sites" / name
-    policy = _simulated_policy(name, config)
+    policy = simulated_policy(name, config)
     path = folder / "policy.toml"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,16 @@ def identify(context: Context, config: Config, index: int) -> Site:
     )
 
 
-def _real_site(path: Path, config: Config) -> Site:
+def real_site(path: Path, config: Config) -> Site:
+    """Return the real site of a policy file, with the settings that are its own to say.
+
+    Raises
+    ------
+    BudgetError
+        If the policy does not allow the settings.
+    ConfigError
+        If the policy cannot be read.
+    """
     policy = load_policy(path)
     if config.data.path or config.model.path or config.adapter.basis_path:
         raise BudgetError(
@@ -161,7 +170,7 @@ def _training_config(config: Config) -> Config:
     return replace(config, train=replace(config.train, local_steps=steps))
 
 
-def _simulated_policy(name: str, config: Config) -> SitePolicy:
+def simulated_policy(name: str, config: Config) -> SitePolicy:
     """Return the policy a simulated site keeps in the run folder: the recipe's own budget."""
     privacy = config.privacy
     return SitePolicy(

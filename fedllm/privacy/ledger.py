@@ -129,7 +129,13 @@ class Ledger:
 
     def entries(self, *, dataset: str | None = None, data: str | None = None) -> tuple[Entry, ...]:
         """Return entries, oldest first: all, or those of a data set's name or of these very records."""
-        entries = tuple(Entry(**json.loads(body)) for body, _ in self._rows())
+        try:
+            entries = tuple(Entry(**json.loads(body)) for body, _ in self._rows())
+        except (TypeError, ValueError):
+            raise PrivacyError(
+                f"{self.path}: the privacy ledger was written by another version of fedllm; open it with "
+                "that one."
+            ) from None
         if dataset is None and data is None:
             return entries
         return tuple(entry for entry in entries if entry.dataset == dataset or entry.data == data)
@@ -150,7 +156,7 @@ class Ledger:
         """
         if seen != GENESIS and all(link != seen for _, link in self._rows()):
             raise PrivacyError(
-                f"{self.path}: the privacy ledger lacks a row that the coordinator has seen: it was lost, "
+                f"{self.path}: the privacy ledger lacks a row whose hash was seen before: it was lost, "
                 "rolled back or replaced. Restore the newest copy; training stays refused, since what was "
                 "spent is unknown."
             )

@@ -10,12 +10,15 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, PercentFormatter, ScalarFormatter
+
+from fedllm.errors import RunError
 
 Values = Sequence[float | None]
 
@@ -118,6 +121,51 @@ def bytes_plot(name: str, *, rounds: Sequence[int], up: Sequence[int], down: Seq
             _line(axes, rounds, up, color=MAIN, linewidth=1.2)
             axes.set_ylim(bottom=0)
         return _svg(figure, name, [])
+
+
+def bounds_plot(name: str, bounds: Sequence[tuple[str, float, float]]) -> str:
+    """Draw what audits prove beside what the accountant says: one pair of bars an audit.
+
+    Parameters
+    ----------
+    bounds : sequence of (name, epsilon by the accountant, lower bound)
+        From the top down.
+    """
+    with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(SIZE[0], 0.9 + 0.5 * len(bounds)), layout="constrained")
+        axes = figure.add_subplot()
+        places = range(len(bounds), 0, -1)
+        axes.barh([place + 0.19 for place in places], [t for _, t, _ in bounds], height=0.34, color=MAIN)
+        axes.barh([place - 0.19 for place in places], [b for _, _, b in bounds], height=0.34, color=SECOND)
+        axes.set_yticks(list(places), [label for label, _, _ in bounds])
+        axes.set_xlabel("epsilon")
+        return _svg(figure, name, [])
+
+
+def save_epsilon_picture(path: Path, curves: Mapping[str, Sequence[float]], *, limit: float) -> None:
+    """Write a picture of the epsilon in all after each booked round, a line a site and data set.
+
+    Raises
+    ------
+    RunError
+        If the file cannot be written, or its ending names no kind of picture.
+    """
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        axes.step([0, *range(1, len(values) + 1)], [0.0, *values], where="post", label=name)
+    if limit < 1e9:
+        axes.axhline(limit, color="0.4", linestyle="--", label=f"budget {limit:g}")
+    axes.set_xlabel("round booked")
+    axes.set_ylabel("epsilon")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", linewidth=0.4)
+    axes.legend(fontsize=8, frameon=False)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: the picture cannot be written ({error}).") from None
 
 
 def _axes(rounds: Sequence[int], formatter: Formatter) -> tuple[Figure, Axes]:

@@ -12,11 +12,12 @@ from markupsafe import Markup
 
 from fedllm.adapters import METHODS as ADAPTERS
 from fedllm.config import Config
+from fedllm.runs.audits import KINDS, Audit, read_audits
 from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.manifest import read_manifest
 from fedllm.runs.metrics import WITHHELD, RoundMetrics, Row, mean, metrics_withheld, round_metrics
-from fedllm.runs.plots import bytes_plot, epsilon_plot, metric_plot
+from fedllm.runs.plots import bounds_plot, bytes_plot, epsilon_plot, metric_plot
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.template import TEMPLATE
 from fedllm.runs.traffic import STAGES, flowertune_mib, totals, traffic
@@ -73,13 +74,19 @@ def write_report(folder: RunFolder) -> Path:
         config=load_config(folder),
         events=read_events(folder),
         manifest=read_manifest(folder),
+        audits=read_audits(folder),
     )
     atomic_write(folder.report_file, page.encode("utf-8", "replace"))
     return folder.report_file
 
 
 def render_report(
-    *, name: str, config: Config, events: Sequence[Event], manifest: Mapping[str, Any] | None
+    *,
+    name: str,
+    config: Config,
+    events: Sequence[Event],
+    manifest: Mapping[str, Any] | None,
+    audits: Sequence[Audit] = (),
 ) -> str:
     """Return the page for a run.
 
@@ -93,6 +100,8 @@ def render_report(
         Its events, oldest first.
     manifest : Mapping or None
         Its manifest, if written.
+    audits : Sequence[Audit]
+        What audits found about it.
     """
     started = _last(events, "run_started")
     joined = _last(events, "site_joined")
@@ -126,6 +135,9 @@ def render_report(
         ),
         changed=_changed(config),
         manifest=_manifest_rows(manifest) if manifest is not None else [],
+        audits=audits,
+        audit_kinds=KINDS,
+        audit_plot=_audit_plot(audits),
     )
 
 
@@ -345,6 +357,15 @@ def _plots(config: Config, metrics: Sequence[RoundMetrics], *, withheld: bool) -
     )
     plots.append(Plot(title, Markup(svg), keys=(("", "up (from sites)"), ("second", "down (to sites)"))))
     return plots
+
+
+def _audit_plot(audits: Sequence[Audit]) -> Plot | None:
+    bounds = [bound for audit in audits for bound in audit.bounds]
+    if not bounds:
+        return None
+    svg = bounds_plot("Epsilon by accountant and by audit", bounds)
+    keys = (("", "by the accountant"), ("second", "proven by the audit at 95 %: it may not be longer"))
+    return Plot("Epsilon", Markup(svg), keys=keys)
 
 
 def _series(

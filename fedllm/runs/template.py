@@ -187,6 +187,28 @@ code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 {% endfor %}</tbody></table></div>
 {% endif %}
 
+{% if audits %}
+<h2>Audits</h2>
+{% if audit_plot %}
+<figure><figcaption>{{ audit_plot.title }}</figcaption>
+{{ audit_plot.svg }}
+<div class="keys">
+{% for style, text in audit_plot.keys %}<span><i class="{{ style }}"></i>{{ text }}</span>{% endfor %}
+</div>
+</figure>
+{% endif %}
+{% for audit in audits %}
+<h3>{{ audit.kind }}</h3>
+<p>{{ audit_kinds[audit.kind] }} <span class="muted">{{ audit.time }}</span></p>
+<div class="card aside"><table>
+<thead><tr><th>What</th><th>Verdict</th><th>Finding</th></tr></thead>
+<tbody>
+{% for name, verdict, detail in audit.lines %}<tr><th scope="row">{{ name }}</th><td>{{ verdict }}</td>
+<td><bdi>{{ detail }}</bdi></td></tr>
+{% endfor %}</tbody></table></div>
+{% endfor %}
+{% endif %}
+
 <h2>Settings changed from their defaults</h2>
 {% if changed %}
 <div class="card"><table class="facts"><tbody>

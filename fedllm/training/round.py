@@ -19,6 +19,7 @@ from fedllm.evaluation.metrics import Scores, accuracy, macro_f1
 from fedllm.models.fingerprint import weights_fingerprint
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
+from fedllm.training.dirac import DiracCanaries
 from fedllm.training.forward import label_scores, record_losses
 from fedllm.training.hyper import ClientRate
 from fedllm.training.optimizers import make_optimizer
@@ -56,6 +57,7 @@ def train_round(
     train: Collection[str],
     folded: Factors | None = None,
     last: Mapping[str, np.ndarray] | None = None,
+    canaries: DiracCanaries | None = None,
 ) -> RoundResult:
     """Train ``train.local_steps`` steps from a received state.
 
@@ -71,6 +73,8 @@ def train_round(
         Module path -> (U, D) folded into the frozen base.
     last : Mapping, optional
         Key -> the federation's last change of that matrix, for FedHyper's client-side rate.
+    canaries : DiracCanaries, optional
+        Of an audit, see :mod:`fedllm.training.dirac`; the plan counts them among its units.
 
     Raises
     ------
@@ -124,6 +128,7 @@ def train_round(
                 plan=plan,
                 generator=generator,
                 micro_batch=settings.micro_batch,
+                canaries=canaries,
             )
             _checked_step(session, trained, optimizer, first=local == 0)
         if settings.fedhyper != "none":

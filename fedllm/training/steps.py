@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ from fedllm.privacy.clipping import owned_means
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.privacy.sampling import random_subset
+from fedllm.training.dirac import DiracCanaries
 from fedllm.training.forward import record_losses
 from fedllm.training.session import Session
+
+GradientsOf = Callable[[Sequence[Encoded]], dict[str, Tensor]]
 
 
 def learning_rate(train: TrainSettings, *, step: int, total: int) -> float:
@@ -73,6 +77,7 @@ def private_gradients(
     plan: PrivacyPlan,
     generator: SecureGenerator,
     micro_batch: int,
+    canaries: DiracCanaries | None = None,
 ) -> None:
     """Leave a step's privatised gradient in ``.grad``.
 
@@ -82,22 +87,17 @@ def private_gradients(
         Key -> parameter of the matrices that train in this round; clipped jointly.
     units : sequence of sequences of Encoded
         All privacy units of the site, each with its records; the plan draws some of them.
+    canaries : DiracCanaries, optional
+        Of an audit: further units, and what watches the releases.
 
     Raises
     ------
     PrivacyError
-        If a trained matrix had no per-example gradient (its update would be noise alone).
+        From :func:`record_gradients`.
     """
-    recorder = session.recorder
-    if recorder is None:
-        raise PrivacyError("the session was not opened for private training.")
-
-    def gradients_of(records: Sequence[Encoded]) -> dict[str, Tensor]:
-        record_losses(session, records).sum().backward()  # type: ignore[no-untyped-call]
-        gradients = recorder.take()
-        _require_all(session, trained, gradients, rows=len(records))
-        return gradients
-
+    gradients_of: GradientsOf = partial(record_gradients, session, trained)
+    if canaries is not None:
+        units, gradients_of = [*units, *canaries.units], canaries.among(gradients_of)
     found = private_release(
         {key: value.shape for key, value in trained.items()},
         units,
@@ -106,16 +106,36 @@ def private_gradients(
         generator=generator,
         micro_batch=micro_batch,
     )
+    if canaries is not None:
+        canaries.observe(found)
     for key, value in found.items():
         parameter = trained[key]
         parameter.grad = value.to(device=parameter.device, dtype=parameter.dtype)
+
+
+def record_gradients(
+    session: Session, trained: Mapping[str, nn.Parameter], records: Sequence[Encoded]
+) -> dict[str, Tensor]:
+    """Return key -> the gradient of each record's own loss, shape (B, *shape), float32.
+
+    Raises
+    ------
+    PrivacyError
+        If a trained matrix had no per-example gradient (its update would be noise alone).
+    """
+    if session.recorder is None:
+        raise PrivacyError("the session was not opened for private training.")
+    record_losses(session, records).sum().backward()  # type: ignore[no-untyped-call]
+    gradients = session.recorder.take()
+    _require_all(session, trained, gradients, rows=len(records))
+    return gradients
 
 
 def private_release(
     shapes: Mapping[str, Sequence[int]],
     units: Sequence[Sequence[Encoded]],
     *,
-    gradients_of: Callable[[Sequence[Encoded]], dict[str, Tensor]],
+    gradients_of: GradientsOf,
     plan: PrivacyPlan,
     generator: SecureGenerator,
     micro_batch: int,

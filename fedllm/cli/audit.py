@@ -1,0 +1,161 @@
+"""The command that lets a sceptic check a private run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedllm.cli.recipes import Overrides
+from fedllm.config import Config
+from fedllm.errors import ConfigError
+from fedllm.resources import find_recipe
+
+if TYPE_CHECKING:
+    from fedllm.privacy.audit import Check
+    from fedllm.runs.folder import RunFolder
+
+console = Console(highlight=False)
+_COLOURS = {"pass": "green", "fail": "red", "measured": "cyan"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one kind of audit found."""
+
+    checks: Sequence[Check]
+    bounds: tuple[tuple[str, float, float], ...] = field(default=())
+
+
+def audit(
+    subject: Annotated[str, typer.Argument(help="A run folder, or a recipe.")],
+    overrides: Overrides = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Compare the plan with what the code does (seconds).")
+    ] = False,
+    mechanism: Annotated[
+        bool, typer.Option("--mechanism", help="A worst-case canary through the private step (seconds).")
+    ] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Train the recipe once with canaries at every site.")
+    ] = False,
+    mia: Annotated[
+        bool, typer.Option("--mia", help="Membership inference on the run's finished adapter.")
+    ] = False,
+    inversion: Annotated[
+        bool, typer.Option("--inversion", help="Read a record from one step's update, as a coordinator.")
+    ] = False,
+    trials: Annotated[int, typer.Option(min=100, help="Steps of --mechanism in each world.")] = 10_000,
+    canaries: Annotated[int, typer.Option(min=10, help="Canaries of --run at each site.")] = 1000,
+    records: Annotated[int, typer.Option(min=1, help="Most records a site of --mia.")] = 500,
+) -> None:
+    """Check a private run or recipe: static and mechanism audits unless others are named."""
+    folder, config = _subject(subject, overrides or [])
+    chosen = {"static": static, "mechanism": mechanism, "run": run, "mia": mia, "inversion": inversion}
+    if not any(chosen.values()):
+        chosen |= {"static": True, "mechanism": True}
+    _use_threads(config)
+    auditors: dict[str, Callable[[], Found]] = {
+        "static": lambda: _static(folder, config),
+        "mechanism": lambda: _mechanism(config, trials),
+        "run": lambda: _run(config, canaries),
+        "mia": lambda: _mia(folder, records),
+        "inversion": lambda: _inversion(config),
+    }
+    failed = [_one(kind, auditors[kind], folder) for kind, wanted in chosen.items() if wanted]
+    if folder is not None:
+        from fedllm.runs.report import write_report
+
+        console.print(f"report: {write_report(folder)}", soft_wrap=True, markup=False)
+    if any(failed):
+        raise typer.Exit(1)
+
+
+def _one(kind: str, auditor: Callable[[], Found], folder: RunFolder | None) -> bool:
+    """Run one audit, show it, keep it in the run folder; return whether a line failed."""
+    from fedllm.runs.audits import KINDS, Audit, save_audit
+
+    console.print(f"\n[bold]{kind}[/bold]: {KINDS[kind]}")
+    with console.status("working"):
+        found = auditor()
+    verdicts = {True: "pass", False: "fail", None: "measured"}
+    lines = tuple((check.name, verdicts[check.passed], check.detail) for check in found.checks)
+    for name, verdict, detail in lines:
+        console.print(f"  [{_COLOURS[verdict]}]{verdict:<8}[/] {escape(name)}: {escape(detail)}")
+    result = Audit(
+        kind=kind,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        lines=lines,
+        bounds=found.bounds,
+    )
+    if folder is not None:
+        save_audit(folder, result)
+    return result.failed
+
+
+def _subject(name: str, overrides: list[str]) -> tuple[RunFolder | None, Config]:
+    from fedllm.runs.folder import load_config, open_run
+
+    path = Path(name)
+    if path.is_dir():
+        if overrides:
+            raise ConfigError("settings cannot be changed for the audit of a run; name a recipe for that.")
+        folder = open_run(path)
+        return folder, load_config(folder)
+    return None, Config.from_toml(find_recipe(name), overrides)
+
+
+def _static(folder: RunFolder | None, config: Config) -> Found:
+    from fedllm.federation.audit import run_checks, static_checks, subject
+
+    checks = static_checks(subject(config))
+    return Found([*checks, *(run_checks(folder, config) if folder is not None else [])])
+
+
+def _mechanism(config: Config, trials: int) -> Found:
+    from fedllm.federation.audit import subject
+    from fedllm.training.canaries import audit_mechanism
+
+    found = audit_mechanism(subject(config).plan, trials=trials)
+    return Found(
+        [found.check],
+        (
+            ("one full step, Gaussian trade-off", found.theory, found.by_gaussian),
+            ("one full step, counts", found.theory, found.by_counts),
+        ),
+    )
+
+
+def _run(config: Config, canaries: int) -> Found:
+    from fedllm.federation.canary_run import audit_one_run
+
+    found = audit_one_run(config, canaries=canaries)
+    return Found([one.check for one in found], tuple((f"run, {o.site}", o.theory, o.bound) for o in found))
+
+
+def _mia(folder: RunFolder | None, records: int) -> Found:
+    from fedllm.federation.membership import attack_membership
+
+    if folder is None:
+        raise ConfigError("--mia needs a finished run's folder: it attacks the released adapter.")
+    return Found([attack_membership(folder.path, records=records).check])
+
+
+def _inversion(config: Config) -> Found:
+    from fedllm.federation.inversion import attack_updates
+
+    return Found(attack_updates(config).checks)
+
+
+def _use_threads(config: Config) -> None:
+    # slow to import, and only needed here
+    import torch
+
+    torch.set_num_threads(config.train.threads or os.cpu_count() or 1)

@@ -1,0 +1,143 @@
+"""Commands about a site's privacy budget: show, plan, verify."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedllm.cli.recipes import Overrides
+from fedllm.config import Config
+from fedllm.errors import ConfigError
+from fedllm.resources import find_recipe
+
+if TYPE_CHECKING:
+    from fedllm.federation.budget import Book
+    from fedllm.privacy.ledger import Entry
+
+app = typer.Typer(help="What a site has spent of its privacy budget.", no_args_is_help=True)
+console = Console(highlight=False)
+Books = Annotated[Path, typer.Argument(help="A site's policy file, or a run folder of simulated sites.")]
+
+
+@app.command()
+def show(
+    path: Books,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw epsilon over the rounds, as a png or svg file.")
+    ] = None,
+) -> None:
+    """Show every run's spending, and what it comes to."""
+    from fedllm.federation.budget import open_books
+
+    curves: dict[str, list[float]] = {}
+    for book in open_books(path):
+        for dataset in book.datasets():
+            console.print(_spending(book, dataset))
+            if picture is not None:
+                entries = book.entries(dataset)
+                totals = [book.spent(entries[: count + 1]) for count in range(len(entries))]
+                curves[f"{book.policy.site}, {dataset}"] = totals
+    if picture is not None:
+        from fedllm.runs.plots import save_epsilon_picture
+
+        limits = {book.policy.max_epsilon for book in open_books(path)}
+        save_epsilon_picture(picture, curves, limit=max(limits))
+        console.print(f"picture: {picture}", markup=False)
+
+
+def _spending(book: Book, dataset: str) -> Table:
+    entries = book.entries(dataset)
+    policy = book.policy
+    table = Table(
+        "run",
+        "rounds",
+        "steps",
+        "noise multiplier",
+        "epsilon of the run",
+        "epsilon in all",
+        title=f"{policy.site}, data set '{dataset}'",
+        title_justify="left",
+        box=None,
+    )
+    done: list[Entry] = []
+    for run, group in groupby(entries, key=lambda entry: entry.run):
+        own = list(group)
+        done += own
+        noise = sorted({round(entry.noise_multiplier, 3) for entry in own})
+        table.add_row(
+            run,
+            str(len(own)),
+            str(sum(entry.steps for entry in own)),
+            ", ".join(f"{value:g}" for value in noise),
+            f"{book.spent(own):.3f}",
+            f"{book.spent(done):.3f}",
+        )
+    relations = ", ".join(sorted({entry.relation for entry in entries}))
+    table.caption = (
+        f"of epsilon {policy.max_epsilon:g} at delta {policy.max_delta:g}; {relations}, Poisson, PLD. "
+        "A crash counts as spent."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe that ships, or a file.")],
+    overrides: Overrides = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A real site's policy; default: the sites as simulated.")
+    ] = None,
+) -> None:
+    """Show what a recipe would spend, and how many rounds are left at its noise."""
+    config = Config.from_toml(find_recipe(recipe), overrides or [])
+    if not config.privacy.enabled:
+        raise ConfigError(f"{recipe}: privacy.enabled=false, so it spends nothing and promises nothing.")
+    from fedllm.federation.budget import planned_sites, rounds_left
+
+    table = Table("site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds left")
+    table.box = None
+    for found in planned_sites(config, policy):
+        left = rounds_left(
+            found.entries, found.plan.spend(), policy=found.policy, relation=found.plan.relation
+        )
+        table.add_row(
+            found.policy.site,
+            f"{found.plan.noise_multiplier:.3f}",
+            str(found.plan.spend(rounds=found.plan.rounds).steps),
+            f"{found.epsilon:.3f}",
+            f"{found.peers['PRV']:.3f}",
+            f"{found.peers['RDP']:.3f}",
+            f"{found.before:.3f}",
+            f"{left:,} of {found.plan.rounds:,} planned",
+        )
+    table.caption = (
+        f"epsilon by PLD at delta {config.privacy.delta:g}, {config.privacy.relation}; PRV and RDP "
+        "are the same run by other accountants, add-or-remove-one"
+    )
+    table.caption_justify = "left"
+    console.print(table)
+
+
+@app.command()
+def verify(
+    path: Books,
+    head: Annotated[str, typer.Option(help="A hash of the ledger that was noted elsewhere.")] = "",
+) -> None:
+    """Check that a ledger is whole, unaltered, and not older than a hash noted elsewhere."""
+    from fedllm.federation.budget import open_books
+
+    for book in open_books(path):
+        entries = book.ledger.entries()
+        if head:
+            book.ledger.require_head(head)
+        console.print(
+            f"{book.policy.site}: {len(entries)} spends, an unbroken chain; head {book.ledger.head}",
+            soft_wrap=True,
+            markup=False,
+        )

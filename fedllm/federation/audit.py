@@ -1,0 +1,284 @@
+"""The audit of a recipe's private path: what the plan promises against what the code does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fedllm.aggregation import make_rule
+from fedllm.config import Config
+from fedllm.data.sites import simulated_site, site_names
+from fedllm.errors import ConfigError, FedllmError, PrivacyError
+from fedllm.federation.plan import check_recipe
+from fedllm.privacy.accounting import ADD_OR_REMOVE, cross_check, epsilon, require_delta
+from fedllm.privacy.audit import Check
+from fedllm.privacy.entropy import SecureGenerator
+from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.plan import PrivacyPlan, make_plan
+from fedllm.privacy.release import RELEASES, require_released
+from fedllm.runs.events import read_events
+from fedllm.runs.folder import RunFolder
+from fedllm.training.round import train_round
+from fedllm.training.session import Session, SiteTokens, open_session, tokenise
+from fedllm.training.spec import adapter_spec, basis_from_seed
+from fedllm.training.steps import record_gradients
+
+_DRAWS = 400
+_NUMBERS = 40_000
+_RARE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What an audit looks at: a recipe's first site as a private run would have it."""
+
+    config: Config
+    plan: PrivacyPlan
+    session: Session
+    tokens: SiteTokens
+
+
+def subject(config: Config) -> Subject:
+    """Return a recipe's first simulated site, ready to train.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe is not private, or its adapter's frozen matrices come from records.
+    """
+    check_recipe(config)
+    if not config.privacy.enabled:
+        raise ConfigError("privacy.enabled=false: there is nothing private to audit.")
+    spec = adapter_spec(config)
+    basis = basis_from_seed(spec)
+    if basis is None:
+        raise ConfigError(
+            f"adapter.basis={config.adapter.basis}: audit the recipe with adapter.basis=seeded."
+        )
+    data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=0)
+    return Subject(
+        config=config,
+        plan=make_plan(config, units=len(data.units), site=data.name),
+        session=open_session(config, spec, basis),
+        tokens=tokenise(data, config),
+    )
+
+
+def static_checks(found: Subject) -> list[Check]:
+    """Return the lines of the static audit, in the order of a private step."""
+    config, plan = found.config, found.plan
+    train = make_rule(config).plan(found.session.spec, 1).train
+    return [
+        _delta(config),
+        _accountant(plan, config),
+        _sampler(plan),
+        _own_loss(found, train),
+        _sensitivity(plan),
+        _noise_law(plan),
+        _noise_source(plan),
+        _trains(found, train),
+        _leaving(config),
+    ]
+
+
+def _delta(config: Config) -> Check:
+    """Check delta against the number of units of every site."""
+    data, sites, seed = config.data, config.federation.sites, config.run.seed
+    smallest = math.inf
+    for index, name in enumerate(site_names(data, sites=sites)):
+        units = len(simulated_site(data, sites=sites, seed=seed, index=index).units)
+        smallest = min(smallest, units)
+        try:
+            require_delta(config.privacy.delta, records=units, site=name)
+        except PrivacyError as error:
+            return Check("delta", False, str(error))
+    return Check("delta", True, f"delta={config.privacy.delta:g} is below 1/n at all sites (n >= {smallest})")
+
+
+def _accountant(plan: PrivacyPlan, config: Config) -> Check:
+    """Compare the planned rounds' epsilon with the target, and three accountants with each other."""
+    spend = plan.spend(rounds=plan.rounds)
+    found = epsilon([spend], delta=plan.delta, relation=plan.relation)
+    target = config.privacy.epsilon or math.inf
+    peers = cross_check([spend], delta=plan.delta)
+    agree = peers["PLD"] <= peers["PRV"] + 1e-3 <= peers["PLD"] * 1.03 + 0.05
+    below = peers["PLD"] <= peers["RDP"] + 1e-3
+    against = ", ".join(f"{name} {value:.3f}" for name, value in peers.items())
+    detail = (
+        f"epsilon {found:.3f} at delta {plan.delta:g} ({plan.relation}, Poisson at {plan.sample_rate:.4g}, "
+        f"noise multiplier {plan.noise_multiplier:.3f}, {spend.steps} steps); {ADD_OR_REMOVE} by "
+        f"accountant: {against}"
+    )
+    return Check("accountant", found <= target and agree and below, detail)
+
+
+def _sampler(plan: PrivacyPlan) -> Check:
+    """Draw batches and compare sizes and overlaps with what independent coins give."""
+    generator = SecureGenerator()
+    batches = [set(plan.draw(generator)) for _ in range(_DRAWS)]
+    sizes = np.array([len(batch) for batch in batches])
+    n, q = plan.units, plan.sample_rate
+    overlaps = np.array([len(a & b) for a, b in pairwise(batches)])
+    mean = _two_sided((sizes.mean() - n * q) / math.sqrt(n * q * (1 - q) / _DRAWS))
+    spread = sizes.var(ddof=1) * (_DRAWS - 1) / (n * q * (1 - q))
+    variance = 2 * min(stats.chi2.cdf(spread, _DRAWS - 1), stats.chi2.sf(spread, _DRAWS - 1))
+    # overlaps of neighbouring pairs are nearly independent: twice the variance is ample
+    shared = _two_sided((overlaps.mean() - n * q * q) / math.sqrt(2 * n * q * q / len(overlaps)))
+    passed = bool(min(mean, variance, shared) > _RARE and (not plan.cap or sizes.max() <= plan.cap))
+    detail = (
+        f"{_DRAWS} batches of {sizes.mean():.1f} units in the mean ({n * q:.1f} expected), variance "
+        f"{sizes.var(ddof=1):.1f} ({n * q * (1 - q):.1f}), {overlaps.mean():.2f} shared with the next "
+        f"({n * q * q:.2f})"
+    )
+    return Check("sampler", passed, detail)
+
+
+def _own_loss(found: Subject, train: Sequence[str]) -> Check:
+    """Compare gradients of records in one batch with those of each alone: none may see the others."""
+    session = found.session
+    trained = session.trainable(train)
+    _shake(trained)
+    ordered = sorted(found.tokens.train, key=lambda record: len(record.prompt) + len(record.answer))
+    records = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    together = record_gradients(session, trained, records)
+    alone = [record_gradients(session, trained, [record]) for record in records]
+    worst = 0.0
+    for row, single in enumerate(alone):
+        difference = torch.cat([(together[key][row] - value[0]).flatten() for key, value in single.items()])
+        size = torch.cat([value.flatten() for value in single.values()]).norm()
+        worst = max(worst, float(difference.norm() / size.clamp_min(1e-12)))
+    limit = 1e-3 if session.base.dtype == torch.float32 else 0.1
+    detail = f"a record's gradient changes by {worst:.1e} of its norm when others join the batch"
+    return Check("loss of the record alone", worst <= limit, detail)
+
+
+def _sensitivity(plan: PrivacyPlan) -> Check:
+    """Add hostile records to a batch and compare the change of the clipped sum with C."""
+    source = torch.Generator().manual_seed(0)
+    base = {
+        name: torch.randn(5, *shape, generator=source) for name, shape in {"a": (3, 4), "b": (6,)}.items()
+    }
+    hostile = {
+        "huge": 1e6,
+        "of ordinary size": plan.clipping_norm,
+        "tiny": 1e-9,
+        "not a number": math.nan,
+        "infinite": math.inf,
+    }
+    unit = plan.clip(base)
+    grain = plan.noise_deviation / 2**24 if plan.discrete else 1.0
+    worst, name = 0.0, ""
+    for kind, size in hostile.items():
+        extra = {key: torch.cat([value, torch.full_like(value[:1], size)]) for key, value in base.items()}
+        change = plan.clip(extra)
+        moved = math.sqrt(sum(float(((change[k] - unit[k]).double() * grain).square().sum()) for k in unit))
+        if not moved <= worst:
+            worst, name = moved, kind
+    detail = (
+        f"the clipped sum moves by at most {worst / plan.clipping_norm:.6f} C (a gradient that is {name})"
+    )
+    return Check("sensitivity", worst <= plan.clipping_norm * (1 + 1e-5), detail)
+
+
+def _noise_law(plan: PrivacyPlan) -> Check:
+    """Compare the noise in a privatised gradient with a Gaussian of the plan's deviation."""
+    drawn = _noise(plan, SecureGenerator())
+    scaled = drawn / plan.gradient_deviation
+    spread = float((scaled**2).sum())
+    variance = 2 * min(stats.chi2.cdf(spread, _NUMBERS), stats.chi2.sf(spread, _NUMBERS))
+    law = float(stats.kstest(scaled, "norm").pvalue)
+    detail = (
+        f"deviation {drawn.std():.3e}, the plan has sigma C / batch = {plan.gradient_deviation:.3e}; "
+        f"p-value of the law {law:.2g}"
+    )
+    return Check("noise", bool(min(variance, law) > _RARE), detail)
+
+
+def _noise_source(plan: PrivacyPlan) -> Check:
+    """Draw noise twice after seeding every generator of the experiment alike."""
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        draws.append(_noise(plan, SecureGenerator()))
+    same = float(np.corrcoef(draws[0], draws[1])[0, 1])
+    detail = f"noise of two sites with the experiment's seed correlates by {same:+.4f}"
+    return Check("source of noise", abs(same) < 0.05, detail)
+
+
+def _trains(found: Subject, train: Sequence[str]) -> Check:
+    """Take one private step: every trained matrix moves, and nothing else."""
+    config = replace(found.config, train=replace(found.config.train, local_steps=1))
+    state = found.session.method.initial_state(found.session.spec, seed="0")
+    try:
+        train_round(
+            found.session, found.tokens, config=config, state=state, round=1, plan=found.plan, train=train
+        )
+    except FedllmError as error:
+        return Check("private path", False, str(error))
+    return Check("private path", True, "one step moved every trained matrix, and no frozen weight")
+
+
+def _leaving(config: Config) -> Check:
+    """List what a reply may carry beside the update, and try to send what it may not."""
+    public = config.data.heldout_public
+    try:
+        require_released(["train_loss"], metrics_public=public, simulated=False)
+        return Check("what leaves", False, "a training loss could leave")
+    except PrivacyError:
+        pass
+    names = [
+        n for n, r in RELEASES.items() if r.treatment != "simulated" and (public or r.treatment != "public")
+    ]
+    extra = "metrics on held-out records, which the recipe declares public" if public else "no metrics"
+    return Check("what leaves", True, f"beside the update {extra}; in all: {', '.join(names)}")
+
+
+def _noise(plan: PrivacyPlan, generator: SecureGenerator) -> np.ndarray:
+    released = plan.privatise(plan.zeros({"x": (_NUMBERS,)}), generator)["x"]
+    return released.double().numpy()
+
+
+def _shake(trained: dict[str, torch.nn.Parameter]) -> None:
+    """Move off the start, where some matrices are zero and have no gradient."""
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.values():
+            noise: Tensor = torch.randn(parameter.shape, generator=source)
+            parameter.add_(0.02 * noise.to(parameter))
+
+
+def _two_sided(z: float) -> float:
+    return float(2 * stats.norm.sf(abs(z)))
+
+
+def run_checks(folder: RunFolder, config: Config) -> list[Check]:
+    """Return the lines about a run's own books: each simulated site's ledger against what it reported."""
+    reported: dict[str, float] = {}
+    for event in read_events(folder):
+        if event["event"] == "site_reply" and event["epsilon"] is not None:
+            reported[event["site"]] = max(reported.get(event["site"], 0.0), event["epsilon"])
+    return [_ledger(folder, config, site, spent) for site, spent in sorted(reported.items())]
+
+
+def _ledger(folder: RunFolder, config: Config, site: str, reported: float) -> Check:
+    name = f"ledger of {site}"
+    path = folder.site_dir(site) / "ledger.sqlite"
+    if not path.is_file():
+        return Check(name, None, "kept at the site: fedllm budget verify checks it there")
+    try:
+        entries = Ledger(path).entries()
+    except PrivacyError as error:
+        return Check(name, False, str(error))
+    spent = epsilon(
+        [entry.spend for entry in entries], delta=config.privacy.delta, relation=config.privacy.relation
+    )
+    detail = f"{len(entries)} spends, an unbroken chain, epsilon {spent:.3f}; reported {reported:.2f}"
+    return Check(name, spent <= reported + 1e-6, detail)

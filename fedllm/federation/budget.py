@@ -1,0 +1,144 @@
+"""A site's budget: what is spent, what a recipe would spend, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedllm.config import Config
+from fedllm.data.sites import SiteData, simulated_site, site_names
+from fedllm.errors import ConfigError
+from fedllm.federation.site import real_site, simulated_policy
+from fedllm.privacy.accounting import Spend, cross_check, epsilon, within
+from fedllm.privacy.ledger import Entry, Ledger
+from fedllm.privacy.plan import PrivacyPlan, make_plan
+from fedllm.privacy.policy import SitePolicy, load_policy
+
+_MOST_ROUNDS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Book:
+    """One site's ledger and the limits it stands under."""
+
+    policy: SitePolicy
+    ledger: Ledger
+
+    def datasets(self) -> list[str]:
+        """Return the data sets something was spent on, in order."""
+        return list(dict.fromkeys(entry.dataset for entry in self.ledger.entries()))
+
+    def entries(self, dataset: str) -> tuple[Entry, ...]:
+        """Return what counts against a data set's budget: all spends on its records."""
+        own = self.ledger.entries(dataset=dataset)
+        records = {entry.data for entry in own}
+        return tuple(e for e in self.ledger.entries() if e.dataset == dataset or e.data in records)
+
+    def spent(self, entries: Sequence[Entry]) -> float:
+        """Return the epsilon of some spends at the policy's delta, under the strictest of their relations."""
+        return spent(entries, delta=self.policy.max_delta)
+
+
+def spent(entries: Sequence[Entry], *, delta: float) -> float:
+    """Return the epsilon of some spends, under the strictest of the relations they were booked for."""
+    relations = {entry.relation for entry in entries}
+    return max(
+        (epsilon([e.spend for e in entries], delta=delta, relation=relation) for relation in relations),
+        default=0.0,
+    )
+
+
+def open_books(path: Path) -> list[Book]:
+    """Return the books of a site policy, or of all simulated sites of a run folder.
+
+    Raises
+    ------
+    ConfigError
+        If there is no ledger.
+    PrivacyError
+        If one is damaged.
+    """
+    if path.is_dir():
+        policies = sorted(path.glob("sites/*/policy.toml"))
+        found = [(load_policy(file), file.parent / "ledger.sqlite") for file in policies]
+    else:
+        policy = load_policy(path)
+        found = [(policy, Path(policy.state_dir) / "ledger.sqlite")]
+    books = [Book(policy=policy, ledger=Ledger(file)) for policy, file in found if file.is_file()]
+    if not books:
+        raise ConfigError(f"{path}: no ledger there; nothing has been spent.")
+    return books
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a recipe would spend at one site.
+
+    Attributes
+    ----------
+    entries : tuple[Entry, ...]
+        What was spent on the same records before.
+    before, epsilon : float
+        Epsilon of those, and of the recipe alone.
+    peers : dict[str, float]
+        The recipe's epsilon by accountant, see :func:`fedllm.privacy.accounting.cross_check`.
+    """
+
+    policy: SitePolicy
+    plan: PrivacyPlan
+    entries: tuple[Entry, ...]
+    before: float
+    epsilon: float
+    peers: dict[str, float]
+
+
+def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
+    """Return what a recipe would spend at a real site, or at each simulated one.
+
+    Raises
+    ------
+    BudgetError
+        If the policy does not allow the recipe.
+    """
+    if policy is not None:
+        site = real_site(policy, config)
+        return [_planned(site.config, site.policy, site.data(), site.ledger())]
+    found = []
+    for index, name in enumerate(site_names(config.data, sites=config.federation.sites)):
+        data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=index)
+        found.append(_planned(config, simulated_policy(name, config), data, None))
+    return found
+
+
+def _planned(config: Config, policy: SitePolicy, data: SiteData, ledger: Ledger | None) -> Planned:
+    plan = make_plan(config, units=len(data.units), site=policy.site)
+    entries = ledger.entries(dataset=policy.dataset, data=data.fingerprint) if ledger is not None else ()
+    whole = [plan.spend(rounds=plan.rounds)]
+    return Planned(
+        policy=policy,
+        plan=plan,
+        entries=entries,
+        before=spent(entries, delta=policy.max_delta),
+        epsilon=epsilon(whole, delta=plan.delta, relation=plan.relation),
+        peers=cross_check(whole, delta=plan.delta),
+    )
+
+
+def rounds_left(entries: Sequence[Entry], spend: Spend, *, policy: SitePolicy, relation: str) -> int:
+    """Return how many more rounds of a spend the policy's budget allows, at most 10,000."""
+    held = [entry.spend for entry in entries]
+
+    def allowed(rounds: int) -> bool:
+        more = Spend(**{**vars(spend), "steps": spend.steps * rounds})
+        return within([*held, more], delta=policy.max_delta, limit=policy.max_epsilon, relation=relation)
+
+    if not allowed(1):
+        return 0
+    low, high = 1, 2
+    while high < _MOST_ROUNDS and allowed(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low

@@ -1,0 +1,265 @@
+"""What an honest-but-curious coordinator reads from one site's update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fedllm.config import Config
+from fedllm.data.encode import Encoded
+from fedllm.data.sites import simulated_site
+from fedllm.errors import ConfigError
+from fedllm.privacy.audit import Check
+from fedllm.privacy.entropy import SecureGenerator
+from fedllm.privacy.plan import PrivacyPlan, make_plan
+from fedllm.training.session import Session, SiteTokens, open_session, tokenise
+from fedllm.training.spec import adapter_spec, basis_from_seed
+from fedllm.training.steps import private_release, record_gradients
+
+_CHUNK = 2048
+_METHODS = {"A": "lora", "B": "lora", "R": "fed-sb"}
+
+
+class _Reached(Exception):
+    """The forward pass has reached the map that is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSpan:
+    """The row-span test on one matrix's gradient of one record.
+
+    Attributes
+    ----------
+    matrix : str
+        A, B or R of the lowest layer.
+    tokens : int
+        Different tokens of the record.
+    recall, private_recall : float
+        Share of them among as many best candidates of the whole vocabulary, without privacy and
+        from the privatised gradient.
+    """
+
+    matrix: str
+    rank: int
+    tokens: int
+    recall: float
+    private_recall: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    """Finding a site's record among candidates by its gradient.
+
+    Attributes
+    ----------
+    tried, candidates : int
+        Records attacked, and candidates of each, the record among them.
+    found, private_found : int
+        How often the record came first.
+    """
+
+    tried: int
+    candidates: int
+    found: int
+    private_found: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """Both attacks, with and without privacy."""
+
+    rows: tuple[RowSpan, ...]
+    matching: Matching
+
+    @property
+    def checks(self) -> list[Check]:
+        """Return the lines of the audit: measurements, not promises."""
+        lines = []
+        for matrix in _METHODS:
+            rows = [row for row in self.rows if row.matrix == matrix]
+            few = [row.recall for row in rows if row.tokens < row.rank]
+            many = [row.recall for row in rows if row.tokens >= row.rank]
+            private = float(np.mean([row.private_recall for row in rows]))
+            shares = ", ".join(
+                f"{np.mean(found):.0%} where a record has {words} different tokens compared with the rank"
+                for found, words in ((few, "fewer"), (many, "as many or more"))
+                if found
+            )
+            detail = f"tokens read from the gradient of one record: {shares}; with privacy {private:.1%}"
+            lines.append(Check(f"row span of {matrix}", None, detail))
+        match = self.matching
+        detail = (
+            f"a record was found among {match.candidates} candidates {match.found} of {match.tried} times "
+            f"without privacy, {match.private_found} with (guessing: {match.tried / match.candidates:.1f})"
+        )
+        lines.append(Check("candidate matching", None, detail))
+        return lines
+
+
+def attack_updates(config: Config, *, records: int = 12, candidates: int = 50, rank: int = 16) -> Inversion:
+    """Attack single records' gradients as a coordinator would that sees every step.
+
+    The setting favours the attacker: one record a step, the adapter on the lowest layer, where the
+    input of a linear map is a function of the token alone, and the weights known.
+
+    Parameters
+    ----------
+    records : int
+        Records attacked, of the first site.
+    candidates : int
+        Records among which one has to be found by its gradient.
+    rank : int
+        Rank of the attacked adapters.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe is not private, or its model is an encoder.
+    """
+    if config.model.kind == "encoder" or not config.privacy.enabled:
+        raise ConfigError("the inversion audit needs a causal model and privacy.enabled=true.")
+    data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=0)
+    plan = replace(make_plan(config, units=len(data.units), site=data.name), units=1, sample_rate=1.0, cap=0)
+    rows: list[RowSpan] = []
+    matching = None
+    for method in ("lora", "fed-sb"):
+        attacked = config.replace(
+            adapter__method=method, strategy__name="average", adapter__rank=rank, adapter__layers="0"
+        )
+        session, tokens = _prepared(attacked), tokenise(data, attacked)
+        chosen = _by_length(tokens, records)
+        for matrix in (name for name, owner in _METHODS.items() if owner == method):
+            rows += _row_spans(session, chosen, plan, matrix=matrix)
+        if method == config.adapter.method or matching is None:
+            matching = _match(session, tokens.train[:candidates], plan, tried=min(records, candidates))
+    assert matching is not None, "there is a first method"
+    return Inversion(rows=tuple(rows), matching=matching)
+
+
+def _prepared(config: Config) -> Session:
+    """Return a session whose factors are not zero, as after some rounds."""
+    spec = adapter_spec(config)
+    basis = basis_from_seed(spec)
+    assert basis is not None, "seeded adapters only"
+    session = open_session(config, spec, basis)
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in session.parameters.values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=source).to(parameter))
+    return session
+
+
+def _by_length(tokens: SiteTokens, count: int) -> list[Encoded]:
+    """Return records from the shortest to the longest."""
+    ordered = sorted(tokens.train, key=lambda record: len(set(record.prompt + record.answer)))
+    return [ordered[place] for place in np.linspace(0, len(ordered) - 1, count).astype(int)]
+
+
+def _row_spans(
+    session: Session, records: Sequence[Encoded], plan: PrivacyPlan, *, matrix: str
+) -> list[RowSpan]:
+    """Rank the vocabulary by the distance to the row span of a gradient; the record's tokens should lead."""
+    key = next(name for name in session.parameters if name.endswith(f".{matrix}"))
+    table = _inputs_of_tokens(session, key.rpartition(".")[0])
+    if matrix != "A":
+        table = table @ _down(session, key).T
+    found = []
+    for record in records:
+        tokens = sorted({*record.prompt, *record.answer[:-1]})
+        plain = record_gradients(session, session.parameters, [record])
+        noised = _released(session, record, plan)
+        shares = [
+            _recall(gradient[key], table, tokens)
+            for gradient in ({k: v[0] for k, v in plain.items()}, noised)
+        ]
+        found.append(
+            RowSpan(
+                matrix=matrix,
+                rank=session.spec.rank,
+                tokens=len(tokens),
+                recall=shares[0],
+                private_recall=shares[1],
+            )
+        )
+    return found
+
+
+def _recall(gradient: Tensor, table: npt.NDArray[np.float64], tokens: Sequence[int]) -> float:
+    """Return the share of tokens among as many vocabulary entries nearest to the gradient's row span."""
+    _, values, rows = np.linalg.svd(gradient.double().numpy(), full_matrices=False)
+    span = rows[values > 1e-6 * values[0]]
+    sizes = np.linalg.norm(table, axis=1)
+    inside = np.linalg.norm(table @ span.T, axis=1)
+    distance = np.sqrt(np.maximum(0.0, 1 - (inside / np.maximum(sizes, 1e-12)) ** 2))
+    # where everything lies in the span nothing is told: such ties count as any other order would
+    best = np.argsort(distance + 1e-9 * np.random.default_rng(0).random(len(distance)))[: len(tokens)]
+    return len(set(best.tolist()) & set(tokens)) / len(tokens)
+
+
+def _inputs_of_tokens(session: Session, module: str) -> npt.NDArray[np.float64]:
+    """Return what every token of the vocabulary gives an adapted map of the lowest layer, (V, in)."""
+    (layer,) = (part for name, part in session.model.named_modules() if name.endswith(f"{module}.base_layer"))
+    held: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        held.append(inputs[0].detach()[:, 0])
+        raise _Reached
+
+    vocabulary = int(session.base.config.get_text_config().vocab_size)
+    hook = layer.register_forward_pre_hook(keep)
+    try:
+        for ids in torch.split(torch.arange(vocabulary, device=session.base.device)[:, None], _CHUNK):
+            # the rest of the model is of no interest
+            with torch.no_grad(), suppress(_Reached):
+                session.base.get_decoder()(input_ids=ids, use_cache=False)
+    finally:
+        hook.remove()
+    found: npt.NDArray[np.float64] = torch.cat(held).double().cpu().numpy()
+    return found
+
+
+def _down(session: Session, key: str) -> npt.NDArray[np.float64]:
+    """Return the matrix that stands before the attacked one, shape (rank, in)."""
+    module = key.rpartition(".")[0]
+    (layer,) = (
+        part for name, part in session.model.named_modules() if name.endswith(f"{module}.lora_A.default")
+    )
+    found: npt.NDArray[np.float64] = layer.get_parameter("weight").detach().double().cpu().numpy()
+    return found
+
+
+def _released(session: Session, record: Encoded, plan: PrivacyPlan) -> Mapping[str, Tensor]:
+    return private_release(
+        {key: value.shape for key, value in session.parameters.items()},
+        [[record]],
+        gradients_of=lambda records: record_gradients(session, session.parameters, records),
+        plan=plan,
+        generator=SecureGenerator(),
+        micro_batch=1,
+    )
+
+
+def _match(session: Session, candidates: Sequence[Encoded], plan: PrivacyPlan, *, tried: int) -> Matching:
+    """Compare a record's gradient with those of all candidates, by cosine."""
+    plain = [
+        _flat({k: v[0] for k, v in record_gradients(session, session.parameters, [r]).items()})
+        for r in candidates
+    ]
+    table = torch.stack([value / value.norm().clamp_min(1e-12) for value in plain])
+    noised = [_flat(_released(session, candidates[place], plan)) for place in range(tried)]
+    return Matching(
+        tried=tried,
+        candidates=len(candidates),
+        found=sum(int((table @ plain[place]).argmax()) == place for place in range(tried)),
+        private_found=sum(int((table @ noised[place]).argmax()) == place for place in range(tried)),
+    )
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[key].double().reshape(-1) for key in sorted(tensors)])

@@ -1,0 +1,93 @@
+"""Canaries of a one-run audit: made-up records whose gradient is one number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedllm.data.encode import Encoded
+from fedllm.privacy.clipping import clipped_sum
+from fedllm.privacy.entropy import SecureGenerator
+
+
+class DiracCanaries:
+    """Canaries of one site in one run (Steinke, Nasr and Jagielski, arXiv 2305.08846).
+
+    Canary i's gradient is far above the clipping norm in a coordinate of its own and zero
+    elsewhere; a fair coin decides whether it is among the site's records. The guesser sees every
+    step's privatised gradient and knows everything but the canaries: what the real records of each
+    step came to is taken off, and what is left at a canary's coordinate is summed over the steps.
+
+    Parameters
+    ----------
+    shapes : Mapping
+        Key -> shape of every matrix that trains.
+    count : int
+        Canaries; at most as many as numbers train.
+    clipping_norm : float
+        C; a canary's gradient is a thousand times as long.
+    expected_batch : float
+        What releases are divided by.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        count: int,
+        clipping_norm: float,
+        expected_batch: float,
+    ) -> None:
+        self._shapes = {key: tuple(shape) for key, shape in shapes.items()}
+        self._clipping_norm = clipping_norm
+        self._expected_batch = expected_batch
+        self._known: list[dict[str, Tensor]] = []
+        starts = np.cumsum([0, *(int(np.prod(shape)) for shape in self._shapes.values())])
+        generator = SecureGenerator()
+        chosen = np.argsort(generator.uniform(int(starts[-1])))[:count]
+        owners = np.searchsorted(starts, chosen, side="right") - 1
+        keys = list(self._shapes)
+        self._places = [(keys[o], int(c - starts[o])) for o, c in zip(owners, chosen, strict=True)]
+        self.included = generator.uniform(len(self._places)) < 0.5
+        self.scores = np.zeros(len(self._places))
+
+    @property
+    def units(self) -> list[list[Encoded]]:
+        """Return the included canaries as units of one record."""
+        return [
+            [Encoded(prompt=(-1 - int(index),), answer=(), truncated=False)]
+            for index in np.flatnonzero(self.included)
+        ]
+
+    def among(
+        self, gradients_of: Callable[[Sequence[Encoded]], dict[str, Tensor]]
+    ) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
+        """Return a function that gives canaries their gradient and asks the given one for real records."""
+
+        def mixed(records: Sequence[Encoded]) -> dict[str, Tensor]:
+            real = [row for row, record in enumerate(records) if record.prompt[0] >= 0]
+            found = {key: torch.zeros(len(records), *shape) for key, shape in self._shapes.items()}
+            if real:
+                own = {k: v.cpu() for k, v in gradients_of([records[row] for row in real]).items()}
+                self._known.append(clipped_sum(own, clipping_norm=self._clipping_norm))
+                for key, value in own.items():
+                    found[key][real] = value
+            for row, record in enumerate(records):
+                if record.prompt[0] < 0:
+                    key, place = self._places[-1 - record.prompt[0]]
+                    found[key][row].view(-1)[place] = 1000 * self._clipping_norm
+            return found
+
+        return mixed
+
+    def observe(self, released: Mapping[str, Tensor]) -> None:
+        """Add one step's privatised gradient to the scores."""
+        total = {key: value.double().cpu() * self._expected_batch for key, value in released.items()}
+        for known in self._known:
+            total = {key: value - known[key] for key, value in total.items()}
+        self._known = []
+        flat = {key: value.reshape(-1) for key, value in total.items()}
+        self.scores += [float(flat[key][place]) for key, place in self._places]
