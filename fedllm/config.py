@@ -227,6 +227,21 @@ class PrivacySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SitePrivacySettings:
+    """Differential privacy of whole sites, by noise at the coordinator; a second, separate promise."""
+
+    enabled: bool = setting(False, "clip each site's change and add noise to their mean")
+    epsilon: float = setting(0.0, "budget over all rounds; give this or noise_multiplier", minimum=0)
+    delta: float = setting(1e-5, "for whole sites", minimum=0, maximum=1)
+    noise_multiplier: float = setting(0.0, "noise deviation over clipping norm", minimum=0)
+    clipping_norm: float = setting(1.0, "largest norm of a site's change in a round", minimum=0)
+    quantile: float = setting(
+        0.0, "adapt the clipping norm to this quantile of the changes' norms; 0: fixed", minimum=0, maximum=1
+    )
+    rate: float = setting(0.2, "how fast the clipping norm adapts", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StrategySettings:
     """What the server does with the replies."""
 
@@ -298,6 +313,7 @@ class Config:
     federation: FederationSettings = FederationSettings()
     train: TrainSettings = TrainSettings()
     privacy: PrivacySettings = PrivacySettings()
+    site_privacy: SitePrivacySettings = SitePrivacySettings()
     strategy: StrategySettings = StrategySettings()
     wire: WireSettings = WireSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -462,7 +478,27 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"federation.quorum: {federation.quorum} replies cannot come from {federation.sites} sites."
         )
+    _check_site_privacy(config)
     _check_model_and_adapter(config)
+
+
+def _check_site_privacy(config: Config) -> None:
+    sites = config.site_privacy
+    if not sites.enabled:
+        return
+    if (sites.epsilon > 0) == (sites.noise_multiplier > 0):
+        raise ConfigError(
+            "site_privacy.epsilon, site_privacy.noise_multiplier: give exactly one of them (the other is "
+            "derived); set the unused one to 0."
+        )
+    if not (0 < sites.delta < 1 and sites.clipping_norm > 0 and sites.quantile < 1):
+        raise ConfigError(
+            "site_privacy: delta and quantile must lie below 1, delta and clipping_norm above 0."
+        )
+    if config.strategy.weighting == "examples":
+        raise ConfigError("strategy.weighting=examples: site_privacy needs equal weights; use uniform.")
+    if config.federation.mode != "federated":
+        raise ConfigError(f"federation.mode={config.federation.mode}: site_privacy needs a federation.")
 
 
 def _check_model_and_adapter(config: Config) -> None:

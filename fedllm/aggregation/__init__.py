@@ -107,6 +107,12 @@ def require_compatible(config: Config) -> None:
             f"train.fedhyper: strategy.name={strategy.name} gives sites coordinates of another meaning every "
             "round, so the federation's last change says nothing about the next."
         )
+    if config.site_privacy.enabled and not about.mean:
+        able = ", ".join(name for name, rule in RULES.items() if rule.about.mean)
+        raise ConfigError(
+            f"site_privacy: strategy.name={strategy.name} does more than average what sites send, and "
+            f"clipping bounds averages only; use {able}."
+        )
     if config.privacy.enabled and not METHODS[adapter.method].private:
         able = ", ".join(name for name, method in METHODS.items() if method.private)
         raise ConfigError(

@@ -23,6 +23,7 @@ from fedllm.federation.local import named_payloads, restart_state
 from fedllm.federation.outgoing import read_update
 from fedllm.federation.records import ADAPTER, number, pack, text
 from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
+from fedllm.federation.site_privacy import private_outcome
 from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
 from fedllm.runs.events import append_event
@@ -190,6 +191,19 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
 def _combine(run: ServerRun, strategy: Aggregator, intake: Intake, replies: list[Reply]) -> Outcome:
     """Aggregate the valid replies; without diagnostics a rule that only sums holds one at a time."""
     stream = intake.updates(replies)
+    if run.config.site_privacy.enabled:
+        held = list(stream)
+        intake.require_quorum()
+        outcome, run.clipping_norm = private_outcome(
+            run.config,
+            run.folder,
+            run.state,
+            held,
+            plan=run.plan(intake.round),
+            round=intake.round,
+            clipping_norm=run.clipping_norm,
+        )
+        return outcome
     if run.config.strategy.diagnostics:
         held = list(stream)
         intake.require_quorum()
@@ -276,7 +290,12 @@ def _diagnose(run: ServerRun, updates: Sequence[Update], round: int) -> None:
 
 
 def _checkpoint(run: ServerRun, round: int) -> None:
-    extra = {"seed": run.seed, "weights": run.weights, "folded": save_pieces(run)}
+    extra = {
+        "seed": run.seed,
+        "weights": run.weights,
+        "folded": save_pieces(run),
+        "clipping_norm": repr(run.clipping_norm),
+    }
     checkpoint = Checkpoint(round=round, state=run.state, extra=extra, moments=run.moments)
     path = save_checkpoint(run.folder, checkpoint)
     digest = checkpoint_digest(checkpoint)

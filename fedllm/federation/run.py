@@ -56,6 +56,8 @@ class ServerRun:
         Site -> fingerprint of its training records, where the site tells it.
     kept : dict[str, set[str]]
         Site -> digests of the payloads it has.
+    clipping_norm : float
+        The largest norm of a site's change in the next round, where whole sites are private.
     """
 
     config: Config
@@ -72,6 +74,7 @@ class ServerRun:
     data: dict[str, str] = field(default_factory=dict)
     kept: dict[str, set[str]] = field(default_factory=dict)
     next_round: int = 1
+    clipping_norm: float = 0.0
     weights: str = ""
     simulated: bool = True
     peers: dict[str, Peer] = field(default_factory=dict)
@@ -140,6 +143,7 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
         require_same_layout(state.layout, found.layout, site="adapter.init")
         spec, state = found.spec, found
     return ServerRun(
+        clipping_norm=config.site_privacy.clipping_norm,
         rule=make_rule(config),
         optimizer=make_optimizer(config),
         folded=Folded(spec=spec),
@@ -186,6 +190,7 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
         run.folded = Folded(spec=run.spec, pieces=_load_pieces(folder, checkpoint.extra.get("folded", "[]")))
         run.seed = checkpoint.extra["seed"]
         run.weights = checkpoint.extra["weights"]
+        run.clipping_norm = float(checkpoint.extra["clipping_norm"])
         run.next_round = checkpoint.round + 1
     append_event(folder, "run_resumed", round=run.next_round)
     return run

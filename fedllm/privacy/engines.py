@@ -27,8 +27,12 @@ class OpacusRecorder:
         # Opacus takes seconds to import, and the default engine does not need it
         from opacus.grad_sample import GradSampleHooks
 
-        self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
         self._parameters = parameters
+        owned = {id(parameter) for parameter in parameters.values()}
+        for module in model.modules():
+            if any(id(parameter) in owned for parameter in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(_awake)
+        self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
 
     def take(self) -> dict[str, Tensor]:
         """Return what Opacus left on the parameters, and clear it with the summed gradient."""
@@ -42,6 +46,14 @@ class OpacusRecorder:
             vars(parameter)["grad_sample"] = None
             parameter.grad = None
         return taken
+
+
+def _awake(module: nn.Module, _: tuple[Tensor, ...]) -> None:
+    """Put a map in training mode while gradients are wanted: Opacus passes over maps that are not.
+
+    The model as a whole may be in evaluation mode, which is what keeps its dropout off.
+    """
+    module.train(torch.is_grad_enabled())
 
 
 ENGINES: dict[str, Callable[[nn.Module, Mapping[str, nn.Parameter]], Recorder]] = {

@@ -65,6 +65,12 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
             "rank_energy": float | None,
             "cosine": float | None,
         },
+        "site_noise": {
+            "round": int,
+            "noise_multiplier": float,
+            "clipping_norm": float,
+            "epsilon": float,
+        },
         "checkpoint_saved": {"round": int, "file": str, "sha256": str},
         "evaluated": {
             "stage": str,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedllm.config import Config
+from fedllm.config import Config, SitePrivacySettings
 
 RELATION_WORDS = {
     "add-or-remove-one": "one unit is added or removed",
@@ -28,9 +28,13 @@ class PrivacyStatement:
 
 
 def privacy_statement(
-    config: Config, *, epsilons: Mapping[str, float | None], simulated: bool | None
+    config: Config,
+    *,
+    epsilons: Mapping[str, float | None],
+    simulated: bool | None,
+    whole_sites: float | None = None,
 ) -> PrivacyStatement:
-    """State what a run protects.
+    """State what a run protects: records (or units), whole sites, both, or nothing.
 
     Parameters
     ----------
@@ -40,12 +44,41 @@ def privacy_statement(
         Site -> epsilon it has spent over all its rounds; None while it has reported none.
     simulated : bool or None
         Whether the sites ran on one machine; None before the run has started.
+    whole_sites : float or None
+        Epsilon spent on whole sites; None while none was, or where that is not promised.
     """
+    own = _records(config, epsilons=epsilons, simulated=simulated)
+    if not config.site_privacy.enabled:
+        return own
+    return PrivacyStatement(own.sentences, (*own.facts, *_sites(config.site_privacy, whole_sites)))
+
+
+def _sites(settings: SitePrivacySettings, spent: float | None) -> tuple[tuple[str, str], ...]:
+    adaptive = f", adapted to quantile {settings.quantile:g}" if settings.quantile else ""
+    said = "none spent yet" if spent is None else f"epsilon {spent:.2f}"
+    return (
+        (
+            "Whole sites, a promise of its own",
+            f"{said} at delta {settings.delta:g} over all rounds: what a site sent is replaced by nothing. "
+            "It holds towards everyone who gets the adapter, and not towards the coordinator, who sees each "
+            "site's update, nor for the metrics and byte counts in this folder.",
+        ),
+        (
+            "How whole sites are protected",
+            f"each change clipped to {settings.clipping_norm:g}{adaptive}, Gaussian noise on the sum, a "
+            "fixed denominator",
+        ),
+    )
+
+
+def _records(
+    config: Config, *, epsilons: Mapping[str, float | None], simulated: bool | None
+) -> PrivacyStatement:
     if not config.privacy.enabled:
         return PrivacyStatement(
             (
-                "This run is not private. Records stay at their site, but adapter updates and metrics "
-                "leave it without noise, and updates can reveal records to whoever sees them.",
+                "Single records are not protected by this run. They stay at their site, but adapter updates "
+                "and metrics leave it without noise, and updates can reveal records to whoever sees them.",
                 *_simulation(simulated),
             ),
             (),

@@ -104,7 +104,7 @@ def render_report(
         What audits found about it.
     """
     started = _last(events, "run_started")
-    joined = _last(events, "site_joined")
+    joined, noised = _last(events, "site_joined"), _last(events, "site_noise")
     simulated = None if joined is None else bool(joined["simulated"])
     status = next((STATUS[e["event"]] for e in reversed(events) if e["event"] in STATUS), "not started")
     rounds = round_metrics(events)
@@ -132,6 +132,7 @@ def render_report(
             config,
             epsilons={site.name: site.epsilon for site in sites},
             simulated=simulated,
+            whole_sites=None if noised is None else float(noised["epsilon"]),
         ),
         changed=_changed(config),
         manifest=_manifest_rows(manifest) if manifest is not None else [],

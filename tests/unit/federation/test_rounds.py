@@ -414,3 +414,60 @@ def test_a_real_site_needs_a_policy_and_reads_only_its_own_files(
 def test_reasons_for_the_server_carry_no_folders() -> None:
     error = FedllmError("/home/clinic/data/own.csv: no column 'note' (data.text); it has a/b.")
     assert public_reason(None, error) == "own.csv: no column 'note' (data.text); it has a/b."
+
+
+SITES = {
+    "site_privacy__enabled": True,
+    "site_privacy__noise_multiplier": 1.0,
+    "site_privacy__clipping_norm": 0.05,
+}
+
+
+def test_whole_sites_are_noised_booked_and_stated(federate: Any, events: Any) -> None:
+    plain, noised = federate(dir="plain"), federate(dir="noised", **SITES)
+    assert not same(tensors(plain), tensors(noised))
+    spent = [event["epsilon"] for event in events(noised, "site_noise")]
+    # two Gaussians of multiplier 1
+    assert spent == pytest.approx([4.377, 6.99], abs=0.02)
+    assert not events(noised, "diagnosed")
+    assert "Whole sites, a promise of its own" in noised.report_file.read_text()
+    assert "Single records are not protected" in noised.report_file.read_text()
+
+
+def test_whole_sites_calibrate_adapt_and_resume_within_their_budget(
+    federate: Any, resume: Any, events: Any
+) -> None:
+    def stop(message: Message, reply: Message) -> Message:
+        if is_train(message) and message.metadata.group_id == "2":
+            raise KeyboardInterrupt
+        return reply
+
+    settings = {
+        "site_privacy__enabled": True,
+        "site_privacy__epsilon": 5.0,
+        "site_privacy__quantile": 0.5,
+        "federation__rounds": 3,
+        **PRIVATE,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop, **settings)
+    folder = resume(Path(federate(dir="spare").path.parent) / "run")
+    noised = events(folder, "site_noise")
+    assert [event["round"] for event in noised] == [1, 2, 3]
+    assert 4.9 < noised[-1]["epsilon"] <= 5.0
+    assert len({event["clipping_norm"] for event in noised}) == 3
+    assert all(event["accepted"] for event in events(folder, "site_reply"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (SITES | {"adapter__method": "lora", "strategy__name": "fedex"}, "more than average what sites send"),
+        (SITES | {"site_privacy__epsilon": 3.0}, "give exactly one of them"),
+        (SITES | {"site_privacy__clipping_norm": 0.0}, "clipping_norm above 0"),
+        (SITES | {"federation__mode": "local"}, "needs a federation"),
+    ],
+)
+def test_site_privacy_refuses_what_it_cannot_promise(settings: Any, message: str, federate: Any) -> None:
+    with pytest.raises(FedllmError, match=message):
+        federate(**settings)

@@ -1,0 +1,251 @@
+"""Time and memory of a private step over a plain one: fedllm's engine, Opacus' hooks, Opacus' ghost clipping.
+
+Run with ``python tests/benchmarks/bench_private_step.py``; quick look: ``--only lora-8``. One thread. Engines
+take turns within one process, and time is the processor's. A step is forward, backward, clipping, noise and
+AdamW. Peak memory is that of a process of its own for each engine, above what the loaded model takes.
+The last line sums up; the exit code is 1 if the lower 95 % bound of one of our ratios is above its goal
+(time 1.05, memory 1.10).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+from opacus.grad_sample import GradSampleHooksFastGradientClipping
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedllm.config import Config
+from fedllm.data.encode import Encoded
+from fedllm.models.tiny import byte_tokenizer
+from fedllm.privacy.entropy import SecureGenerator
+from fedllm.privacy.plan import PrivacyPlan
+from fedllm.training.forward import record_losses
+from fedllm.training.session import Session, open_session
+from fedllm.training.spec import adapter_spec, basis_from_seed
+from fedllm.training.steps import plain_gradients, private_gradients
+
+ENGINES = ("plain", "fedllm", "opacus hooks", "opacus ghost")
+ADAPTERS = {
+    "lora-8": ("lora", 8),
+    "lora-32": ("lora", 32),
+    "fed-sb-32": ("fed-sb", 32),
+    "fed-sb-64": ("fed-sb", 64),
+}
+SHAPES = ((128, 8), (128, 32), (512, 8), (512, 32))
+LARGE = (("smollm2-135m-instruct", 128, 8), ("smollm2-135m-instruct", 512, 2))
+GOALS = {"time": 1.05, "memory": 1.10}
+CLIP = 0.1
+SMALL = "small"
+
+
+def make_small(folder: Path) -> None:
+    """Write a Llama of 4 layers and width 256 (4.4 million numbers) with random weights."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_step(
+    engine: str, *, model: str, path: str, adapter: str, tokens: int, batch: int
+) -> Callable[[], None]:
+    """Return a function that takes one training step."""
+    method, rank = ADAPTERS[adapter]
+    settings = {
+        "model.name": model,
+        "model.path": path,
+        "model.dtype": "float32",
+        "adapter.method": method,
+        "adapter.rank": rank,
+        "privacy.enabled": engine not in ("plain", "opacus ghost"),
+        "privacy.noise_multiplier": 1.0 if engine not in ("plain", "opacus ghost") else 0.0,
+        "privacy.engine": "opacus" if engine == "opacus hooks" else "own",
+    }
+    config = Config.from_flat(settings)
+    spec = adapter_spec(config)
+    basis = basis_from_seed(spec)
+    assert basis is not None
+    session = open_session(config, spec, basis)
+    with torch.no_grad():
+        for parameter in session.parameters.values():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    source = np.random.default_rng(0)
+    drawn = source.integers(3, 250, size=(batch, tokens)).tolist()
+    records = [Encoded(tuple(row[:-16]), tuple(row[-16:]), truncated=False) for row in drawn]
+    optimizer = torch.optim.AdamW(session.parameters.values(), lr=1e-4)
+    if engine == "opacus ghost":
+        return ghost_step(session, records, optimizer)
+    plan = PrivacyPlan(
+        noise_multiplier=1.0,
+        clipping_norm=CLIP,
+        units=batch,
+        sample_rate=1.0,
+        expected_batch=float(batch),
+        local_steps=1,
+        rounds=1,
+        delta=1e-5,
+        relation="add-or-remove-one",
+    )
+    generator = SecureGenerator()
+    units = [[record] for record in records]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if engine == "plain":
+            plain_gradients(session, records, micro_batch=batch)
+        else:
+            private_gradients(
+                session, session.parameters, units, plan=plan, generator=generator, micro_batch=batch
+            )
+        optimizer.step()
+
+    return step
+
+
+def ghost_step(
+    session: Session, records: Sequence[Encoded], optimizer: torch.optim.Optimizer
+) -> Callable[[], None]:
+    """Return a step with Opacus' ghost clipping: norms in one backward pass, clipped sums in a second."""
+    hooks = GradSampleHooksFastGradientClipping(
+        session.model, max_grad_norm=CLIP, use_ghost_clipping=True, loss_reduction="sum", strict=False
+    )
+    generator = SecureGenerator()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        losses = record_losses(session, records)
+        losses.sum().backward(retain_graph=True)
+        factors = hooks.get_clipping_coef()
+        optimizer.zero_grad(set_to_none=True)
+        hooks.disable_hooks()
+        (factors * losses).sum().backward()
+        hooks.enable_hooks()
+        for parameter in session.parameters.values():
+            assert parameter.grad is not None
+            noise = torch.from_numpy(CLIP * generator.normal(tuple(parameter.shape)))
+            parameter.grad = ((parameter.grad.double() + noise) / len(records)).float()
+        optimizer.step()
+
+    return step
+
+
+def peak_mib(engine: str, case: dict[str, object]) -> float:
+    """Return a fresh process' peak memory over two steps, above what it held before the first, in MiB."""
+    command = [sys.executable, __file__, "--measure-memory", json.dumps({"engine": engine, **case})]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def measure_memory(case: dict[str, object]) -> None:
+    """Print the peak memory of two steps above the memory before them (of this process)."""
+    torch.set_num_threads(1)
+    step = make_step(**case)  # type: ignore[arg-type]
+    # the kernel's high-water mark starts anew from what is held now
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_mib("VmRSS")
+    step()
+    step()
+    print(status_mib("VmHWM") - before)
+
+
+def status_mib(key: str) -> float:
+    """Return a line of this process' status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def time_engines(case: dict[str, object], *, repeats: int) -> dict[str, list[float]]:
+    """Return engine -> processor seconds of each step, the engines taking turns."""
+    steps = {engine: make_step(engine, **case) for engine in ENGINES}  # type: ignore[arg-type]
+    seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    for repeat in range(repeats + 1):
+        for engine, step in steps.items():
+            start = time.process_time()
+            step()
+            if repeat:
+                seconds[engine].append(time.process_time() - start)
+    return seconds
+
+
+def lower_bound(ours: Sequence[float], plain: Sequence[float]) -> float:
+    """Return the lower end of the 95 % bootstrap interval of the ratio of medians, turns kept together."""
+    source = np.random.default_rng(0)
+    pairs = np.array([ours, plain])
+    drawn = pairs[:, source.integers(0, len(ours), size=(2000, len(ours)))]
+    return float(np.quantile(np.median(drawn[0], axis=1) / np.median(drawn[1], axis=1), 0.025))
+
+
+def main() -> None:
+    """Print a Markdown table and a summary line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--measure-memory", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure_memory:
+        measure_memory(json.loads(options.measure_memory))
+        return
+    torch.set_num_threads(1)
+    worst = {"time": 0.0, "memory": 0.0}
+    missed = []
+    print(
+        "| case | "
+        + " | ".join(f"{engine} time, memory" for engine in ENGINES[1:])
+        + " | lower bound of ours |"
+    )
+    print("|---|" + "--:|" * 4)
+    with TemporaryDirectory() as folder:
+        make_small(Path(folder))
+        cases = [(SMALL, folder, adapter, *shape) for adapter in ADAPTERS for shape in SHAPES]
+        cases += [
+            (name, "", adapter, *shape) for name, *shape in LARGE for adapter in ("lora-8", "fed-sb-64")
+        ]
+        for model, path, adapter, tokens, batch in cases:
+            name = f"{model} {adapter} {tokens}x{batch}"
+            case = {"model": model, "path": path, "adapter": adapter, "tokens": tokens, "batch": batch}
+            if options.only not in name:
+                continue
+            seconds = time_engines(case, repeats=options.repeats)
+            memory = {engine: peak_mib(engine, case) for engine in ENGINES}
+            plain = statistics.median(seconds["plain"])
+            ratios = {
+                e: (statistics.median(seconds[e]) / plain, memory[e] / memory["plain"]) for e in ENGINES[1:]
+            }
+            bound = lower_bound(seconds["fedllm"], seconds["plain"])
+            cells = [f"{t:.2f}, {m:.2f}" for t, m in ratios.values()]
+            print(f"| {name} | {' | '.join(cells)} | {bound:.3f} |", flush=True)
+            worst["time"] = max(worst["time"], ratios["fedllm"][0])
+            worst["memory"] = max(worst["memory"], ratios["fedllm"][1])
+            missed += [f"time of {name}"] if bound > GOALS["time"] else []
+            missed += [f"memory of {name}"] if ratios["fedllm"][1] > GOALS["memory"] else []
+    verdict = "missed: " + ", ".join(missed) if missed else "goals met"
+    print(f"worst time ratio {worst['time']:.3f}, worst memory ratio {worst['memory']:.3f}; {verdict}")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
