@@ -58,7 +58,9 @@ class _RecordingLinear(torch.autograd.Function):
         rows = x.shape[0]
         upstream = grad.reshape(rows, -1, grad.shape[-1]).float()
         inputs = x.reshape(rows, -1, x.shape[-1]).float()
-        ctx.sink.add(ctx.names[0], torch.bmm(upstream.transpose(1, 2), inputs))
+        # a backward pass inside an autocast region would round the gradients
+        with torch.autocast(x.device.type, enabled=False):
+            ctx.sink.add(ctx.names[0], torch.bmm(upstream.transpose(1, 2), inputs))
         if ctx.has_bias:
             ctx.sink.add(ctx.names[1], upstream.sum(1))
         # the weight is an input of the graph, so that the first layer gets a backward too
