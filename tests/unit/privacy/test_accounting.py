@@ -148,3 +148,17 @@ def test_long_runs_oracles(sigma: float, rate: float, steps: int, delta: float, 
 def test_fifty_rounds_of_client_level_noise_oracles(sigma: float, expected: float) -> None:
     found = epsilon([Spend(noise_multiplier=sigma, sample_rate=1.0, steps=50)], delta=1e-5)
     assert found == pytest.approx(expected, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("records", "per_record", "per_batch"), [(10_000, 0.014, 0.168), (52_000, 0.002, 0.018)]
+)
+def test_what_the_published_dp_lora_settings_come_to(
+    records: int, per_record: float, per_batch: float
+) -> None:
+    # sigma = 2 for A and B apart is 2 / sqrt(2) jointly; clipping a batch bounds a record by 2C only
+    for multiplier, expected in ((2 / 2**0.5, per_record), (1 / 2**0.5, per_batch)):
+        spend = Spend(noise_multiplier=multiplier, sample_rate=8 / records, steps=50)
+        assert epsilon([spend], delta=1e-5) == pytest.approx(expected, abs=0.0006)
+    without = Spend(noise_multiplier=2 / 2**0.5, sample_rate=1.0, steps=50)
+    assert epsilon([without], delta=1e-5) == pytest.approx(33.1, abs=0.05)
