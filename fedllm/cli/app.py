@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fedllm.cli import audit, budget, compare, data, models, recipes, runs
+from fedllm.cli import audit, budget, compare, data, models, recipes, runs, tune
 from fedllm.cli import methods as catalogue
 from fedllm.errors import FedllmError
 
@@ -29,6 +29,7 @@ app.command("cp")(recipes.copy)
 app.command("settings")(recipes.settings)
 app.command("methods")(catalogue.methods)
 app.command("bytes")(catalogue.compare_bytes)
+app.command("tune")(tune.tune)
 app.command("audit")(audit.audit)
 app.command("show")(runs.show)
 app.command("report")(runs.report)

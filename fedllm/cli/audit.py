@@ -19,7 +19,7 @@ from fedllm.errors import ConfigError
 from fedllm.resources import find_recipe
 
 if TYPE_CHECKING:
-    from fedllm.privacy.audit import Check
+    from fedllm.federation.audit import Check
     from fedllm.runs.folder import RunFolder
 
 console = Console(highlight=False)
@@ -120,8 +120,7 @@ def _static(folder: RunFolder | None, config: Config) -> Found:
 
 
 def _mechanism(config: Config, trials: int) -> Found:
-    from fedllm.federation.audit import subject
-    from fedllm.training.canaries import audit_mechanism
+    from fedllm.federation.audit import audit_mechanism, subject
 
     found = audit_mechanism(subject(config).plan, trials=trials)
     return Found(

@@ -17,7 +17,6 @@ from fedllm.resources import find_recipe
 
 if TYPE_CHECKING:
     from fedllm.federation.budget import Book
-    from fedllm.privacy.ledger import Entry
 
 app = typer.Typer(help="What a site has spent of its privacy budget.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -64,9 +63,9 @@ def _spending(book: Book, dataset: str) -> Table:
         title_justify="left",
         box=None,
     )
-    done: list[Entry] = []
+    done = entries[:0]
     for run, group in groupby(entries, key=lambda entry: entry.run):
-        own = list(group)
+        own = tuple(group)
         done += own
         noise = sorted({round(entry.noise_multiplier, 3) for entry in own})
         table.add_row(

@@ -25,10 +25,13 @@ from fedllm.privacy.plan import PrivacyPlan, make_plan
 from fedllm.privacy.release import RELEASES, require_released
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
+from fedllm.training.canaries import audit_mechanism
 from fedllm.training.round import train_round
 from fedllm.training.session import Session, SiteTokens, open_session, tokenise
 from fedllm.training.spec import adapter_spec, basis_from_seed
 from fedllm.training.steps import record_gradients
+
+__all__ = ["Check", "Subject", "audit_mechanism", "run_checks", "static_checks", "subject"]
 
 _DRAWS = 400
 _NUMBERS = 40_000

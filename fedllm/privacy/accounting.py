@@ -211,3 +211,24 @@ def require_delta(delta: float, *, records: int, site: str) -> None:
             f"site {site}: privacy.delta={delta:g} is too large for its number of records: it must be "
             f"below 1/n. Use a smaller delta."
         )
+
+
+def selected_epsilon(spend: Spend, *, mean: float, delta: float) -> float:
+    """Return the epsilon of the best of a random number of equally private runs (arXiv 2110.03620).
+
+    The number is geometric on 1, 2, ... with the given mean; only the best run is released, and its
+    score is part of what each run releases privately. By RDP, the one accountant that has it.
+
+    Parameters
+    ----------
+    spend : Spend
+        One whole run.
+    mean : float
+        Expected number of runs, above 1.
+    """
+    run = dp_accounting.SelfComposedDpEvent(
+        _event(spend.noise_multiplier, spend.sample_rate, 0, 0), spend.steps
+    )
+    accountant = rdp.RdpAccountant(_ORDERS)
+    accountant.compose(dp_accounting.RepeatAndSelectDpEvent(run, mean=mean, shape=1))
+    return float(accountant.get_epsilon(delta))

@@ -16,7 +16,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedllm.cli.app import app
-from fedllm.cli.compare import plan, read_comparison
+from fedllm.cli.comparison import read_comparison
+from fedllm.cli.jobs import plan
 from fedllm.config import Config, parse_overrides, read_toml
 from fedllm.errors import ConfigError
 

@@ -1,0 +1,108 @@
+"""Choosing among settings privately: what the choice costs (Papernot and Steinke, arXiv 2110.03620)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedllm.config import Config
+from fedllm.data.sites import simulated_site, site_names
+from fedllm.errors import ConfigError
+from fedllm.privacy.accounting import epsilon, selected_epsilon
+from fedllm.privacy.entropy import SecureGenerator
+from fedllm.privacy.plan import make_plan
+
+#: Settings that decide what a run costs: candidates share them.
+COSTLY = (
+    "train.batch_size",
+    "train.accumulation",
+    "train.local_steps",
+    "federation.rounds",
+    "federation.sites",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningCost:
+    """What a private choice costs at one site.
+
+    Attributes
+    ----------
+    one : float
+        Epsilon of one run.
+    selected : float
+        Towards those who get the chosen adapter alone and do not learn how many runs there were.
+    composed : float
+        Towards the coordinator and the other sites, who saw every run; this is what a ledger books.
+    """
+
+    site: str
+    one: float
+    selected: float
+    composed: float
+
+
+def draw_runs(*, candidates: int, mean: float) -> list[int]:
+    """Return the candidate of every run: their number is geometric on 1, 2, ..., each is drawn uniformly.
+
+    The number must not depend on records, and is kept from those who get the adapter.
+    """
+    generator = SecureGenerator()
+    first = float(generator.uniform(1)[0])
+    count = 1 if mean <= 1 else 1 + math.floor(math.log1p(-first) / math.log1p(-1 / mean))
+    return [int(value) % candidates for value in generator.words(count)]
+
+
+def require_tunable(configs: Sequence[Config]) -> None:
+    """Refuse candidates whose choice could not be accounted.
+
+    Raises
+    ------
+    ConfigError
+        If one is not private, the score would come from private records, or candidates differ in what
+        they cost.
+    """
+    first = configs[0]
+    for config in configs:
+        if not (config.privacy.enabled and config.data.heldout_public):
+            raise ConfigError(
+                "fedllm tune needs privacy.enabled=true and data.heldout_public=true: the score has to come "
+                "from public records."
+            )
+        flat, other = config.to_flat(), first.to_flat()
+        costly = [
+            k for k in flat if k in COSTLY or (k.startswith("privacy.") and k != "privacy.clipping_norm")
+        ]
+        differing = next((key for key in costly if flat[key] != other[key]), "")
+        if differing or config.data != first.data:
+            raise ConfigError(
+                f"candidates differ in {differing or 'their data'}, which changes what a run costs; only "
+                "settings that cost nothing, such as train.lr, can be chosen."
+            )
+
+
+def tuning_cost(config: Config, *, mean: float, runs: int) -> list[TuningCost]:
+    """Return what a choice among equally private runs costs every simulated site.
+
+    Parameters
+    ----------
+    mean : float
+        Expected number of runs.
+    runs : int
+        Number of runs made.
+    """
+    costs = []
+    for index, name in enumerate(site_names(config.data, sites=config.federation.sites)):
+        data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=index)
+        plan = make_plan(config, units=len(data.units), site=name)
+        whole = plan.spend(rounds=plan.rounds)
+        costs.append(
+            TuningCost(
+                site=name,
+                one=epsilon([whole], delta=plan.delta, relation=plan.relation),
+                selected=selected_epsilon(whole, mean=mean, delta=plan.delta),
+                composed=epsilon([whole] * runs, delta=plan.delta, relation=plan.relation),
+            )
+        )
+    return costs
