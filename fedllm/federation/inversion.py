@@ -102,7 +102,7 @@ class Inversion:
         return lines
 
 
-def attack_updates(config: Config, *, records: int = 12, candidates: int = 50, rank: int = 16) -> Inversion:
+def attack_updates(config: Config, *, records: int = 8, candidates: int = 30, rank: int = 32) -> Inversion:
     """Attack single records' gradients as a coordinator would that sees every step.
 
     The setting favours the attacker: one record a step, the adapter on the lowest layer, where the
@@ -115,7 +115,7 @@ def attack_updates(config: Config, *, records: int = 12, candidates: int = 50, r
     candidates : int
         Records among which one has to be found by its gradient.
     rank : int
-        Rank of the attacked adapters.
+        Rank of the attacked adapters, or less where the model's matrices are smaller.
 
     Raises
     ------
@@ -126,6 +126,8 @@ def attack_updates(config: Config, *, records: int = 12, candidates: int = 50, r
         raise ConfigError("the inversion audit needs a causal model and privacy.enabled=true.")
     data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=0)
     plan = replace(make_plan(config, units=len(data.units), site=data.name), units=1, sample_rate=1.0, cap=0)
+    shapes = adapter_spec(config.replace(adapter__rank=1, adapter__layers="0")).shapes.values()
+    rank = min(rank, *(min(shape) for shape in shapes))
     rows: list[RowSpan] = []
     matching = None
     for method in ("lora", "fed-sb"):
@@ -136,9 +138,9 @@ def attack_updates(config: Config, *, records: int = 12, candidates: int = 50, r
         chosen = _by_length(tokens, records)
         for matrix in (name for name, owner in _METHODS.items() if owner == method):
             rows += _row_spans(session, chosen, plan, matrix=matrix)
-        if method == config.adapter.method or matching is None:
+        if method == "fed-sb":
             matching = _match(session, tokens.train[:candidates], plan, tried=min(records, candidates))
-    assert matching is not None, "there is a first method"
+    assert matching is not None, "one of the methods is Fed-SB"
     return Inversion(rows=tuple(rows), matching=matching)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import dp_accounting
-from dp_accounting import pld, rdp
+from dp_accounting import dp_event, pld, rdp
 from scipy.optimize import brentq
 from scipy.stats import binom
 
@@ -230,5 +230,5 @@ def selected_epsilon(spend: Spend, *, mean: float, delta: float) -> float:
         _event(spend.noise_multiplier, spend.sample_rate, 0, 0), spend.steps
     )
     accountant = rdp.RdpAccountant(_ORDERS)
-    accountant.compose(dp_accounting.RepeatAndSelectDpEvent(run, mean=mean, shape=1))
+    accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean=mean, shape=1))
     return float(accountant.get_epsilon(delta))

@@ -1,0 +1,103 @@
+"""``fedllm audit`` and ``fedllm budget`` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from fedllm.cli.app import app
+from fedllm.errors import FedllmError
+from fedllm.privacy.ledger import Ledger
+
+RECIPE = [
+    "demo/smoke",
+    "privacy.enabled=true",
+    "privacy.epsilon=4",
+    "privacy.delta=1e-4",
+    "adapter.layers=0",
+    "train.threads=1",
+]
+
+
+def invoke(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words), env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("private") / "run"
+    done = invoke("run", *RECIPE, f"run.dir={folder}", "--engine", "process")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_a_run_is_audited_and_its_report_says_so(run: Path) -> None:
+    done = invoke("audit", str(run), "--static", "--mechanism", "--mia", "--trials", "300", "--records", "20")
+    assert done.exit_code == 0, done.output
+    for name in ("sampler", "ledger of site-0", "mechanism", "membership"):
+        assert name in done.output
+    kept = json.loads((run / "audit.json").read_text())
+    assert [audit["kind"] for audit in kept] == ["static", "mechanism", "mia"]
+    assert all(verdict != "fail" for audit in kept for _, verdict, _ in audit["lines"])
+    page = (run / "report.html").read_text()
+    assert "Epsilon by accountant and by audit" in page
+    assert "one full step, Gaussian trade-off" in page
+
+
+def test_an_altered_ledger_fails_the_audit(run: Path, tmp_path: Path) -> None:
+    ledger = run / "sites" / "site-0" / "ledger.sqlite"
+    whole = ledger.read_bytes()
+    ledger.write_bytes(whole.replace(b'"steps": 4', b'"steps": 1'))
+    try:
+        done = invoke("audit", str(run), "--static")
+        assert done.exit_code == 1
+        assert "ledger is damaged" in done.output
+        broken = invoke("budget", "verify", str(run))
+        assert isinstance(broken.exception, FedllmError)
+    finally:
+        ledger.write_bytes(whole)
+
+
+def test_a_recipe_is_audited_without_a_run_and_an_open_one_is_refused() -> None:
+    done = invoke("audit", *RECIPE, "--inversion")
+    assert done.exit_code == 0, done.output
+    assert "candidate matching" in done.output
+    refused = invoke("audit", "demo/smoke")
+    assert "there is nothing private to audit" in str(refused.exception)
+    assert "needs a finished run's folder" in str(invoke("audit", *RECIPE, "--mia").exception)
+
+
+def test_budget_shows_plans_and_verifies(run: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "spent.png"
+    shown = invoke("budget", "show", str(run), "--picture", str(picture))
+    assert shown.exit_code == 0, shown.output
+    assert "of epsilon 4 at delta 0.0001; add-or-remove-one" in shown.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    planned = invoke("budget", "plan", *RECIPE)
+    assert planned.exit_code == 0, planned.output
+    assert "2 of 2 planned" in planned.output
+    head = Ledger(run / "sites" / "site-0" / "ledger.sqlite").head
+    assert head in invoke("budget", "verify", str(run)).output
+    wrong = invoke("budget", "verify", str(run), "--head", "0" * 63 + "1")
+    assert "lost, rolled back or replaced" in str(wrong.exception)
+    assert "nothing has been spent" in str(invoke("budget", "show", str(tmp_path)).exception)
+    assert "promises nothing" in str(invoke("budget", "plan", "demo/smoke").exception)
+
+
+def test_budget_of_a_real_site(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(
+        'site = "north"\ndata_path = "records.csv"\nmax_epsilon = 4.0\nmax_delta = 1e-4\n'
+    )
+    rows = ["text,label", *[f"record {i},{'ab'[i % 2]}" for i in range(400)]]
+    (tmp_path / "records.csv").write_text("\n".join(rows) + "\n")
+    words = [*RECIPE, "data.source=file", "--policy", str(tmp_path / "site.toml")]
+    planned = invoke("budget", "plan", *words)
+    assert planned.exit_code == 0, planned.output
+    assert "north" in planned.output
+    assert "2 of 2 planned" in planned.output
+    over = invoke("budget", "plan", *[word.replace("epsilon=4", "epsilon=5") for word in words])
+    assert "exceeds its policy's 4" in str(over.exception)
