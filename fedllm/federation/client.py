@@ -93,16 +93,19 @@ def _hello(site: Site, notes: Notes, parts: Parts) -> Answer:
     theirs = _run_spec(site, notes)
     basis = _basis(site, theirs)
     data = site.data()
+    books: Notes = {}
     if site.config.privacy.enabled:
         plan = make_plan(site.config, units=len(data.units), site=site.name)
         site.policy.require_noise(plan.noise_multiplier)
         site.ledger().entries()
+        books = {"ledger_tag": site.ledger_tag}
     found: Notes = {
         "simulated": site.simulated,
         "fedllm": version("fedllm"),
         "rank": site.rank,
         "projections": [] if basis is None else list(projections(basis, seed=theirs.basis)),
         "has_basis": basis is not None,
+        **books,
     }
     if site.simulated or not site.config.privacy.enabled:
         found["data"] = data.fingerprint

@@ -27,14 +27,14 @@ class LedgerHeads:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def seen(self, site: str, *, simulated: bool) -> str:
-        """Return the newest hash seen, empty if there is none."""
-        return self._read(simulated).get(site, "")
+    def seen(self, tag: str, *, simulated: bool) -> str:
+        """Return the newest hash seen of a ledger, empty if there is none."""
+        return self._read(simulated).get(tag, "")
 
-    def note(self, site: str, head: str, *, simulated: bool) -> None:
+    def note(self, tag: str, head: str, *, simulated: bool) -> None:
         """Remember a hash."""
         if head:
-            heads = self._read(simulated) | {site: head}
+            heads = self._read(simulated) | {tag: head}
             atomic_write(self._path(simulated), json.dumps(heads, indent=1, sort_keys=True).encode())
 
     def _path(self, simulated: bool) -> Path:
@@ -50,4 +50,4 @@ class LedgerHeads:
             raise RunError(
                 f"{path}: not readable ({error}); restore it, or remove it to start anew."
             ) from None
-        return {str(name): str(head) for name, head in found.items()}
+        return {str(tag): str(head) for tag, head in found.items()}

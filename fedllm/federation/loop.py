@@ -140,7 +140,7 @@ class Intake:
             raise RunError(
                 f"site {peer.name}: its base weights ({weights}) are not those of the others ({run.weights})."
             )
-        run.heads.note(peer.name, text(reply.notes, "ledger", limit=64), simulated=run.simulated)
+        run.heads.note(run.tags[peer.name], text(reply.notes, "ledger", limit=64), simulated=run.simulated)
         weight = 1.0
         if run.config.strategy.weighting == "examples":
             examples = number(reply.notes, "examples")

@@ -56,6 +56,8 @@ class ServerRun:
         Site -> fingerprint of its training records, where the site tells it.
     kept : dict[str, set[str]]
         Site -> digests of the payloads it has.
+    tags : dict[str, str]
+        Site -> under what its privacy ledger is remembered.
     clipping_norm : float
         The largest norm of a site's change in the next round, where whole sites are private.
     """
@@ -73,6 +75,7 @@ class ServerRun:
     moments: dict[str, Matrix64] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     kept: dict[str, set[str]] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     next_round: int = 1
     clipping_norm: float = 0.0
     weights: str = ""
@@ -116,7 +119,7 @@ class ServerRun:
         for peer in peers:
             notes, parts = sender.message(peer.name, peer.rank, plan)
             if self.config.privacy.enabled:
-                notes["ledger"] = self.heads.seen(peer.name, simulated=self.simulated)
+                notes["ledger"] = self.heads.seen(self.tags[peer.name], simulated=self.simulated)
             found.append((peer, self.notes(peer, round=round, **notes, **more), parts))
         return found
 
@@ -332,6 +335,7 @@ def _welcome(run: ServerRun, reply: Reply) -> None:
     run.simulated = reply.notes.get("simulated") is True
     run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=rank)
     run.data[name] = text(reply.notes, "data", limit=64)
+    run.tags[name] = text(reply.notes, "ledger_tag", limit=16)
     if reply.notes.get("has_basis") is True:
         run.holders.add(name)
     append_event(run.folder, "site_joined", site=name, node=reply.peer.node, simulated=run.simulated)

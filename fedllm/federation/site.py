@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -67,6 +68,11 @@ class Site:
     def ledger(self) -> Ledger:
         """Open the site's privacy ledger."""
         return Ledger(self.folder / "ledger.sqlite")
+
+    @property
+    def ledger_tag(self) -> str:
+        """Return under what the coordinator remembers this site's ledger: a hash of site and data set."""
+        return hashlib.sha256(f"{self.name}\n{self.policy.dataset}".encode()).hexdigest()[:16]
 
     @property
     def rank(self) -> int:

@@ -158,7 +158,7 @@ class Ledger:
             raise PrivacyError(
                 f"{self.path}: the privacy ledger lacks a row whose hash was seen before: it was lost, "
                 "rolled back or replaced. Restore the newest copy; training stays refused, since what was "
-                "spent is unknown."
+                "spent is unknown. (Another data set needs another name: dataset in the policy.)"
             )
 
     def _rows(self) -> list[tuple[str, str]]:

@@ -40,6 +40,7 @@ RELEASES: dict[str, Release] = {
     "error": Release("free", "reason of a refusal, freed of records, counts and folders"),
     "epsilon": Release("bucketed", "spent in this run, rounded up to hundredths"),
     "ledger": Release("salted", "hash of the ledger's newest row"),
+    "ledger_tag": Release("free", "hash of the site's and the data set's names"),
     "data": Release("simulated", "fingerprint of the records"),
     **dict.fromkeys(
         (

@@ -94,7 +94,7 @@ def train_round(
         noise_deviation=0.0 if plan is None else plan.gradient_deviation,
         floor=config.privacy.adam_floor,
     )
-    generator = SecureGenerator()
+    generator, units = SecureGenerator(), site.units_of_records
     torch.manual_seed(_dropout_seed(config, site.name, round))
     rate = ClientRate(
         trained,
@@ -124,7 +124,7 @@ def train_round(
             private_gradients(
                 session,
                 trained,
-                site.units_of_records,
+                units,
                 plan=plan,
                 generator=generator,
                 micro_batch=settings.micro_batch,

@@ -1,6 +1,6 @@
 """The demo's figures over several seeds: base, majority class, federated, and federated with privacy.
 
-Run with ``python tests/benchmarks/study_demo.py [--seeds 42 43 44] [--dir runs/demo-seeds]``. Cells whose
+Run with ``python tests/benchmarks/study_demo.py [--seeds 45 46 47] [--records 48] [--dir runs/demo-seeds]``. Cells whose
 run has finished are not run again. Prints a Markdown table: mean over sites, then mean and range over seeds.
 """
 
@@ -28,7 +28,7 @@ def finished(folder: Path) -> list[dict[str, Any]] | None:
     return events if any(event["event"] == "run_finished" for event in events) else None
 
 
-def cell(recipe: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+def cell(recipe: str, seed: int, folder: Path, records: int) -> list[dict[str, Any]]:
     """Run one recipe with one seed where it has not finished yet, and return its events."""
     path = folder / f"{Path(recipe).name}-{seed}"
     events = finished(path)
@@ -41,6 +41,11 @@ def cell(recipe: str, seed: int, folder: Path) -> list[dict[str, Any]]:
             recipe,
             f"run.seed={seed}",
             f"run.dir={path}",
+            f"evaluation.final_records={records}",
+            "evaluation.every=0",
+            "train.threads=1",
+            "--engine",
+            "process",
         ]
         subprocess.run(command, check=True, cwd=ROOT)
         events = finished(path)
@@ -68,11 +73,20 @@ def row(name: str, runs: list[list[dict[str, Any]]], stage: str, prefix: str = "
 def main() -> None:
     """Run the missing cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[45, 46, 47])
+    parser.add_argument("--records", type=int, default=48, help="held-out records a site")
+    parser.add_argument(
+        "--only", choices=tuple(RECIPES), help="run this recipe's missing cells, print nothing"
+    )
     parser.add_argument("--dir", type=Path, default=ROOT / "runs" / "demo-seeds")
     given = parser.parse_args()
+    if given.only:
+        for seed in given.seeds:
+            cell(RECIPES[given.only], seed, given.dir, given.records)
+        return
     found = {
-        name: [cell(recipe, seed, given.dir) for seed in given.seeds] for name, recipe in RECIPES.items()
+        name: [cell(recipe, seed, given.dir, given.records) for seed in given.seeds]
+        for name, recipe in RECIPES.items()
     }
     plain = found["federated"]
     print("\n| | accuracy, % | macro-F1, % | largest epsilon |\n|---|---|---|---|")
@@ -80,6 +94,25 @@ def main() -> None:
     print(row("majority class of each site", plain, "final", "majority_"))
     for name, runs in found.items():
         print(row(name, runs, "final"))
+    print("\n| seed | site | untuned base | majority class | federated | private | epsilon |")
+    print("|--:|---|---|---|---|---|--:|")
+    for seed, open_run, private_run in zip(given.seeds, *found.values(), strict=True):
+        for site in sorted({e["site"] for e in open_run if e["event"] == "evaluated"}):
+            print(site_row(seed, site, open_run, private_run))
+
+
+def site_row(seed: int, site: str, plain: list[dict[str, Any]], private: list[dict[str, Any]]) -> str:
+    """Return a site's row: accuracy and macro-F1 in percent."""
+
+    def pair(events: list[dict[str, Any]], stage: str, prefix: str = "") -> str:
+        (found,) = (
+            e for e in events if e["event"] == "evaluated" and e["stage"] == stage and e["site"] == site
+        )
+        return f"{100 * found[f'{prefix}accuracy']:.1f} / {100 * found[f'{prefix}macro_f1']:.1f}"
+
+    spent = max(e["epsilon"] for e in private if e["event"] == "site_reply" and e["site"] == site)
+    cells = [pair(plain, "base"), pair(plain, "final", "majority_"), pair(plain, "final")]
+    return "| " + " | ".join([str(seed), site, *cells, pair(private, "final"), f"{spent:.2f}"]) + " |"
 
 
 if __name__ == "__main__":

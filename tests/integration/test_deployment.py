@@ -33,6 +33,8 @@ def write_site(folder: Path, name: str, *, rows: int = 150, max_epsilon: float =
                 "max_epsilon": max_epsilon,
                 "max_delta": 1e-3,
                 "state_dir": f"{name}-state",
+                # the coordinator remembers ledgers by site and data set, over runs
+                "dataset": folder.name,
             }
         ),
         encoding="utf-8",

@@ -234,6 +234,7 @@ def test_only_the_agreed_notes_leave_a_private_site(federate: Any) -> None:
         "weights",
         "epsilon",
         "ledger",
+        "ledger_tag",
     }
     assert set().union(*seen) <= allowed
 
