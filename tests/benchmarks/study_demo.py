@@ -1,7 +1,7 @@
 """The demo's figures over several seeds: base, majority class, federated, and federated with privacy.
 
-Run with ``python tests/benchmarks/study_demo.py [--seeds 45 46 47] [--records 48] [--dir runs/demo-seeds]``. Cells whose
-run has finished are not run again. Prints a Markdown table: mean over sites, then mean and range over seeds.
+Run with ``python tests/benchmarks/study_demo.py [--seeds 45 46 47] [--records 48] [--dir FOLDER]``. Runs that
+have finished are not made again. Prints a Markdown table: mean over sites, then mean and range over seeds.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def main() -> None:
         print(row(name, runs, "final"))
     print("\n| seed | site | untuned base | majority class | federated | private | epsilon |")
     print("|--:|---|---|---|---|---|--:|")
-    for seed, open_run, private_run in zip(given.seeds, *found.values(), strict=True):
-        for site in sorted({e["site"] for e in open_run if e["event"] == "evaluated"}):
-            print(site_row(seed, site, open_run, private_run))
+    for seed, plain, private in zip(given.seeds, *found.values(), strict=True):
+        for site in sorted({e["site"] for e in plain if e["event"] == "evaluated"}):
+            print(site_row(seed, site, plain, private))
 
 
 def site_row(seed: int, site: str, plain: list[dict[str, Any]], private: list[dict[str, Any]]) -> str:

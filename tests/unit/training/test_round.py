@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fedllm.errors import PrivacyError
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training import round as round_module
+from fedllm.training import steps
 from fedllm.training.forward import record_losses
 from fedllm.training.hyper import ClientRate
 from fedllm.training.round import RoundResult, evaluate, train_round
@@ -220,6 +222,37 @@ def test_a_record_moves_the_release_by_at_most_the_clipping_norm() -> None:
             parameter.grad = None
     moved = sum((sums[0][key] - sums[1][key]).square().sum() for key in sums[0]).sqrt()
     assert 0 < float(moved) <= 0.1 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("neighbour", ["long", "duplicate", "alone", "not finite"])
+@pytest.mark.parametrize("method", ["lora", "fed-sb"])
+def test_adversarial_neighbours_move_the_release_by_at_most_the_clipping_norm(
+    method: str, neighbour: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, session, site, _ = make(adapter__method=method, privacy__enabled=True, privacy__noise_multiplier=0.5)
+    with torch.no_grad():
+        for parameter in session.parameters.values():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1
+            )
+    ordered = sorted(site.train, key=lambda record: len(record.prompt))
+    base = [] if neighbour == "alone" else ordered[:6]
+    extra = ordered[0] if neighbour == "duplicate" else ordered[-1]
+    if neighbour == "not finite":
+        real = steps.record_gradients
+
+        def broken(*given: Any) -> dict[str, Tensor]:
+            found = real(*given)
+            for row, record in enumerate(given[-1]):
+                if record is extra:
+                    next(iter(found.values()))[row] = torch.nan
+            return found
+
+        monkeypatch.setattr(steps, "record_gradients", broken)
+    quiet = plan(noise_multiplier=0.0)
+    moved = released(session, alone([*base, extra]), quiet) - released(session, alone(base), quiet)
+    assert float(moved.norm()) * 6.0 <= 0.1 * (1 + 1e-4)
+    assert (float(moved.norm()) > 0) == (neighbour != "not finite")
 
 
 @pytest.mark.parametrize("discrete", [False, True])
