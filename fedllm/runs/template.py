@@ -53,6 +53,7 @@ ul { margin: 0; padding-left: 1.15rem; max-width: 46rem; }
 .plots.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure, .card { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 figure { padding: .9rem 1rem .7rem; }
+figure.single { max-width: 34rem; }
 figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .4rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }
@@ -190,7 +191,7 @@ code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 {% if audits %}
 <h2>Audits</h2>
 {% if audit_plot %}
-<figure><figcaption>{{ audit_plot.title }}</figcaption>
+<figure class="single"><figcaption>{{ audit_plot.title }}</figcaption>
 {{ audit_plot.svg }}
 <div class="keys">
 {% for style, text in audit_plot.keys %}<span><i class="{{ style }}"></i>{{ text }}</span>{% endfor %}
