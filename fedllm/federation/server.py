@@ -17,6 +17,7 @@ from fedllm.config import Config, Scalar
 from fedllm.errors import FedllmError, RunError
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.run import require_unfinished, resume_run, start_run
+from fedllm.runs.card import write_card
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, create_run, load_config, open_run
 from fedllm.runs.manifest import write_manifest
@@ -83,6 +84,7 @@ def _serve(asked: Config, grid: Grid) -> RunFolder:
             data=run.data,
             simulated=run.simulated,
         )
+        write_card(folder)
         append_event(folder, "run_finished", seconds=time.monotonic() - start)
     except BaseException as error:
         _record_failure(folder, error)

@@ -1,0 +1,134 @@
+"""The model card beside a finished adapter, in Hugging Face's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from fedllm.adapters import METHODS
+from fedllm.config import Config
+from fedllm.runs.events import read_events
+from fedllm.runs.folder import RunFolder, atomic_write, load_config
+from fedllm.runs.manifest import read_manifest
+from fedllm.runs.metrics import metrics_withheld
+from fedllm.runs.privacy_text import privacy_statement
+from fedllm.runs.report import site_summaries
+
+TEMPLATE = """{{ front }}
+# {{ title }}
+
+An adapter for `{{ config.model.name }}`, trained together by {{ sites | length }} \
+{{ "simulated " if simulated }}sites over {{ config.federation.rounds }} rounds with fedllm; only adapter
+matrices left a site.
+
+| | |
+|---|---|
+| method | {{ method }}, rank {{ config.adapter.rank }}, aggregated by `{{ config.strategy.name }}` |
+| task | {{ "classification" if config.data.task == "classify" else "free text" }}\
+{% if config.data.labels %}, labels {{ config.data.labels }}{% endif %} |
+| training | {{ config.federation.rounds }} rounds of {{ config.train.local_steps }} steps of \
+{{ config.train.batch_size * config.train.accumulation }} records a site |
+| settings | sha256 {{ manifest["config_sha256"] }} |
+| made with | {% for name, value in manifest["versions"].items() %}{{ name }} {{ value }}\
+{{ ", " if not loop.last }}{% endfor %} |
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import {{ auto }}
+
+model = PeftModel.from_pretrained({{ auto }}.from_pretrained("{{ config.model.name }}"), "this/folder")
+```
+
+## Results
+
+{% if withheld %}
+Held-out records are private; their metrics stayed at the sites.
+{% else %}
+Accuracy on held-out records, %:
+
+| site | records | untuned base | majority class | this adapter |
+|---|--:|--:|--:|--:|
+{% for site in sites %}
+| {{ site.name }} | {{ site.records or "-" }} | {{ site.base_accuracy | share }} | \
+{{ site.majority_accuracy | share }} | {{ site.final_accuracy | share }} |
+{% endfor %}
+{% endif %}
+
+## Privacy
+
+{% for sentence in privacy.sentences %}
+{{ sentence }}
+{% endfor %}
+
+{% if privacy.facts %}
+| | |
+|---|---|
+{% for name, value in privacy.facts %}
+| {{ name }} | {{ value }} |
+{% endfor %}
+{% endif %}
+
+## Limits
+
+What the base model gets wrong this one may too. It has seen the records of these sites only, and was measured on
+theirs. It is no medical or financial advice.
+"""
+
+
+def write_card(folder: RunFolder) -> Path:
+    """Write ``adapter/README.md`` of a finished run.
+
+    Raises
+    ------
+    RunError
+        If settings, events or manifest cannot be read, or the card cannot be written.
+    """
+    config, events, manifest = load_config(folder), read_events(folder), read_manifest(folder)
+    assert manifest is not None, "a finished run has a manifest"
+    sites = site_summaries(events)
+    noised = [event["epsilon"] for event in events if event["event"] == "site_noise"]
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+    environment.filters["share"] = _share
+    text = environment.from_string(TEMPLATE).render(
+        front=f"---\n{_front(config).to_yaml()}\n---",
+        title=f"{METHODS[config.adapter.method].title} adapter of {config.model.name}",
+        config=config,
+        method=METHODS[config.adapter.method].title,
+        auto="AutoModelForCausalLM"
+        if config.model.kind == "causal"
+        else "AutoModelForSequenceClassification",
+        manifest=manifest,
+        simulated=manifest["simulated"],
+        sites=sites,
+        withheld=metrics_withheld(config) or not any(site.records for site in sites),
+        privacy=privacy_statement(
+            config,
+            epsilons={site.name: site.epsilon for site in sites},
+            simulated=manifest["simulated"],
+            whole_sites=max(noised, default=None),
+        ),
+    )
+    path = folder.adapter_dir / "README.md"
+    atomic_write(path, ModelCard(text).content.encode())
+    return path
+
+
+def _front(config: Config) -> ModelCardData:
+    tags = ["federated-learning", config.adapter.method, config.strategy.name]
+    if config.privacy.enabled or config.site_privacy.enabled:
+        tags.append("differential-privacy")
+    causal = config.model.kind == "causal"
+    return ModelCardData(
+        base_model=config.model.name,
+        library_name="peft",
+        pipeline_tag="text-generation" if causal else "text-classification",
+        tags=tags,
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
