@@ -74,8 +74,8 @@ Accuracy on held-out records, %:
 
 ## Limits
 
-What the base model gets wrong this one may too. It has seen the records of these sites only, and was measured on
-theirs. It is no medical or financial advice.
+What the base model gets wrong this one may too. It has seen the records of these sites only, and was measured
+on theirs. It is no medical or financial advice.
 """
 
 
@@ -98,9 +98,7 @@ def write_card(folder: RunFolder) -> Path:
         title=f"{METHODS[config.adapter.method].title} adapter of {config.model.name}",
         config=config,
         method=METHODS[config.adapter.method].title,
-        auto="AutoModelForCausalLM"
-        if config.model.kind == "causal"
-        else "AutoModelForSequenceClassification",
+        auto=f"AutoModelFor{'CausalLM' if config.model.kind == 'causal' else 'SequenceClassification'}",
         manifest=manifest,
         simulated=manifest["simulated"],
         sites=sites,

@@ -11,6 +11,7 @@ import safetensors.torch
 import transformers
 from dp_accounting import get_epsilon_gaussian
 from flwr.app import Context, Error, Message, RecordDict
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.numpy import load_file
 from threadpoolctl import threadpool_info
@@ -212,6 +213,7 @@ def test_a_private_run_books_its_spend_and_shows_no_private_metric(federate: Any
         assert [(entry.round, entry.steps) for entry in entries] == [(1, 2), (2, 2)]
     assert "withheld" in folder.metrics_file.read_text()
     assert "withheld" in folder.report_file.read_text()
+    assert "their metrics stayed at the sites" in (folder.adapter_dir / "README.md").read_text()
 
 
 def test_only_the_agreed_notes_leave_a_private_site(federate: Any) -> None:
@@ -243,6 +245,11 @@ def test_public_heldout_metrics_may_show(federate: Any, events: Any) -> None:
     folder = federate(**PRIVATE, data__heldout_public=True)
     assert all(event["accuracy"] is not None for event in events(folder, "site_reply"))
     assert {event["stage"] for event in events(folder, "evaluated")} == {"base", "final"}
+    card = ModelCard.load(folder.adapter_dir / "README.md")
+    assert card.data.base_model == "tiny-llama"
+    assert "differential-privacy" in card.data.tags
+    assert "| site-2 | 4 |" in card.text
+    assert "one unit is added or removed" in card.text
 
 
 def test_a_crash_after_booking_stays_spent_and_the_run_ends_within_budget(
