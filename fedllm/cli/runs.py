@@ -202,11 +202,15 @@ def export(
     run: Folder,
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     site: Site = "",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write the whole model, the adapter merged into it.")
+    ] = False,
 ) -> None:
-    """Write a run's adapter as a PEFT folder that PeftModel.from_pretrained loads."""
-    from fedllm.federation.generate import export_adapter
+    """Write a run's adapter as a PEFT folder that PeftModel.from_pretrained loads, or the merged model."""
+    from fedllm.federation.generate import export_adapter, export_merged
 
-    print(export_adapter(run, target, site=site))
+    write = export_merged if merged else export_adapter
+    print(write(run, target, site=site))
 
 
 def generate(

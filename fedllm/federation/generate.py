@@ -14,6 +14,7 @@ from fedllm.data.sources import default_instruction
 from fedllm.errors import ConfigError, RunError
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.runs.folder import RunFolder, load_config, open_run
+from fedllm.training.spec import public_labels
 
 
 def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
@@ -46,6 +47,34 @@ def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
     labels = max((out for out, _ in state.spec.head.values()), default=0)
     base = load_base(config.model, labels=labels)
     save_with_base(state, base, target, base_model=config.model.name)
+    return target
+
+
+def export_merged(folder: Path, target: Path, *, site: str = "") -> Path:
+    """Write the base with a finished run's adapter merged into it: a model that needs no PEFT.
+
+    Raises
+    ------
+    ConfigError
+        If the base is quantised, or the adapter is virtual tokens.
+    RunError
+        If the run has no such adapter, or the target exists.
+    ModelError
+        If the base cannot be loaded.
+    """
+    config = load_config(open_run(folder))
+    if config.model.quantization != "none" or config.adapter.method == "prompt":
+        raise ConfigError(
+            "a quantised base, or an adapter of virtual tokens, cannot be merged; export the adapter alone."
+        )
+    with TemporaryDirectory() as scratch:
+        adapter = export_adapter(folder, Path(scratch) / "adapter", site=site)
+        if target.exists() and any(target.iterdir()):
+            raise RunError(f"{target}: exists already; choose another folder.")
+        labels = len(public_labels(config.data)) if config.model.kind == "encoder" else 0
+        model = PeftModel.from_pretrained(load_base(config.model, labels=labels), adapter)
+        model.merge_and_unload().save_pretrained(target)
+        load_tokenizer(config.model).save_pretrained(target)
     return target
 
 

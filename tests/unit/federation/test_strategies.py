@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Error, Message
 from peft import PeftModel
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
@@ -18,7 +20,7 @@ from fedllm.aggregation.lowrank import LowRank, svd
 from fedllm.config import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES, Config
 from fedllm.errors import ConfigError, RunError
 from fedllm.federation.estimate import estimate
-from fedllm.federation.generate import export_adapter
+from fedllm.federation.generate import export_adapter, export_merged
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.records import unpack
 from fedllm.models.load import load_base
@@ -319,3 +321,21 @@ def test_combinations_that_cannot_hold_are_refused(values: dict[str, Any], messa
     with pytest.raises(ConfigError) as caught:
         check_recipe(Config.from_flat(values))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["fed-sb", "hydra"])
+def test_the_merged_model_needs_no_peft_and_says_the_same(method: str, federate: Any, tmp_path: Path) -> None:
+    strategy = "fedit" if method == "hydra" else "fed-sb"
+    folder = federate(adapter__method=method, strategy__name=strategy, train__lr=5e-2)
+    merged = export_merged(folder.path, tmp_path / "merged")
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    adapter = export_adapter(folder.path, tmp_path / "adapter")
+    base = load_base(Config.from_flat({"model.name": "tiny-llama", "model.dtype": "float32"}).model)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        plain = base(input_ids=ids).logits
+        peft = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids).logits
+        assert torch.allclose(whole(input_ids=ids).logits, peft, atol=1e-5)
+    assert not torch.allclose(plain, peft, atol=1e-5)
+    with pytest.raises(RunError, match="exists already"):
+        export_merged(folder.path, merged)
