@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -61,7 +60,9 @@ def audit(
     chosen = {"static": static, "mechanism": mechanism, "run": run, "mia": mia, "inversion": inversion}
     if not any(chosen.values()):
         chosen |= {"static": True, "mechanism": True}
-    _use_threads(config)
+    from fedllm.federation.site import use_threads
+
+    use_threads(config)
     auditors: dict[str, Callable[[], Found]] = {
         "static": lambda: _static(folder, config),
         "mechanism": lambda: _mechanism(config, trials),
@@ -151,10 +152,3 @@ def _inversion(config: Config) -> Found:
     from fedllm.federation.inversion import attack_updates
 
     return Found(attack_updates(config).checks)
-
-
-def _use_threads(config: Config) -> None:
-    # slow to import, and only needed here
-    import torch
-
-    torch.set_num_threads(config.train.threads or os.cpu_count() or 1)

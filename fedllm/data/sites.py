@@ -9,7 +9,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +20,15 @@ from fedllm.data.records import Example, normalised
 from fedllm.data.sources import default_instruction, file_stamp, label_names, load_records
 from fedllm.errors import ConfigError, DataError
 
-__all__ = ["Example", "SiteData", "simulated_site", "site_from_file", "site_names", "split"]
+__all__ = [
+    "Example",
+    "SiteData",
+    "simulated_site",
+    "simulated_sites",
+    "site_from_file",
+    "site_names",
+    "split",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +113,12 @@ def simulated_site(
         train, _ = split(everything, by_unit=bool(data.unit), share=data.heldout, seed=seed)
     labels = label_names(data, load_records(data)) if data.task == "classify" else ()
     return _site_data(data, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
+
+
+def simulated_sites(data: DataSettings, *, sites: int, seed: int, fold: str = "test") -> Iterator[SiteData]:
+    """Yield the shares of all simulated sites, in order; see :func:`simulated_site`."""
+    for index in range(sites):
+        yield simulated_site(data, sites=sites, seed=seed, index=index, fold=fold)
 
 
 def site_from_file(

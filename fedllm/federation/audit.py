@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedllm.aggregation import make_rule
 from fedllm.config import Config
-from fedllm.data.sites import simulated_site, site_names
+from fedllm.data.sites import simulated_site, simulated_sites
 from fedllm.errors import ConfigError, FedllmError, PrivacyError
 from fedllm.federation.plan import check_recipe
 from fedllm.privacy.accounting import ADD_OR_REMOVE, cross_check, epsilon, require_delta
@@ -93,13 +93,11 @@ def static_checks(found: Subject) -> list[Check]:
 
 def _delta(config: Config) -> Check:
     """Check delta against the number of units of every site."""
-    data, sites, seed = config.data, config.federation.sites, config.run.seed
     smallest = math.inf
-    for index, name in enumerate(site_names(data, sites=sites)):
-        units = len(simulated_site(data, sites=sites, seed=seed, index=index).units)
-        smallest = min(smallest, units)
+    for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed):
+        smallest = min(smallest, len(data.units))
         try:
-            require_delta(config.privacy.delta, records=units, site=name)
+            require_delta(config.privacy.delta, records=len(data.units), site=data.name)
         except PrivacyError as error:
             return Check("delta", False, str(error))
     return Check("delta", True, f"delta={config.privacy.delta:g} is below 1/n at all sites (n >= {smallest})")

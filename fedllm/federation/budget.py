@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config import Config
-from fedllm.data.sites import SiteData, simulated_site, site_names
+from fedllm.data.sites import SiteData, simulated_sites
 from fedllm.errors import ConfigError
 from fedllm.federation.site import real_site, simulated_policy
 from fedllm.privacy.accounting import Spend, cross_check, epsilon, within
@@ -104,11 +104,10 @@ def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
     if policy is not None:
         site = real_site(policy, config)
         return [_planned(site.config, site.policy, site.data(), site.ledger())]
-    found = []
-    for index, name in enumerate(site_names(config.data, sites=config.federation.sites)):
-        data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=index)
-        found.append(_planned(config, simulated_policy(name, config), data, None))
-    return found
+    return [
+        _planned(config, simulated_policy(data.name, config), data, None)
+        for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed)
+    ]
 
 
 def _planned(config: Config, policy: SitePolicy, data: SiteData, ledger: Ledger | None) -> Planned:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fedllm.adapters import METHODS
 from fedllm.aggregation import Update, make_rule
 from fedllm.config import Config
-from fedllm.data.sites import simulated_site, site_names
+from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError
 from fedllm.federation.plan import check_recipe
 from fedllm.privacy.accounting import epsilon
@@ -83,16 +83,15 @@ def audit_one_run(config: Config, *, canaries: int = 1000) -> list[OneRun]:
     state = METHODS[spec.method].initial_state(spec, seed=basis_seed(config))
     shapes = {key: tuple(value.shape) for key, value in session.trainable(first.train).items()}
     sites = {}
-    for index, name in enumerate(site_names(config.data, sites=config.federation.sites)):
-        data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=index)
+    for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed):
         watched = DiracCanaries(
             shapes,
             count=canaries,
             clipping_norm=config.privacy.clipping_norm,
             expected_batch=float(config.train.batch_size * config.train.accumulation),
         )
-        plan = make_plan(config, units=len(data.units) + len(watched.units), site=name)
-        sites[name] = tokenise(data, config), plan, watched
+        plan = make_plan(config, units=len(data.units) + len(watched.units), site=data.name)
+        sites[data.name] = tokenise(data, config), plan, watched
     for round in range(1, config.federation.rounds + 1):
         train, updates = rule.plan(spec, round).train, []
         for name, (tokens, plan, watched) in sites.items():

@@ -9,19 +9,20 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedllm.config import Config
-from fedllm.data.encode import Encoded, collate, collate_classes
-from fedllm.data.sites import simulated_site, site_names
+from fedllm.data.encode import Encoded, collate
+from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, DataError
 from fedllm.federation.generate import export_adapter
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.privacy.audit import Check, Rate, Scores, area_interval, area_under_curve, hits_at
 from fedllm.runs.folder import load_config, open_run
-from fedllm.training.forward import causal_losses
+from fedllm.training.forward import causal_losses, class_losses
 from fedllm.training.session import tokenise
+from fedllm.training.spec import public_labels
 from fedllm.training.steps import micro_batches
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
@@ -92,14 +93,13 @@ def attack_membership(folder: Path, *, records: int = 500) -> Membership:
         raise ConfigError(f"{folder}: its sites were real; their records are not on this machine.")
     member: list[Encoded] = []
     other: list[Encoded] = []
-    for index, _ in enumerate(site_names(config.data, sites=config.federation.sites)):
-        data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=index)
+    for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed):
         tokens = tokenise(data, config)
         member += tokens.train[:records]
         other += tokens.heldout[:records]
     if not other:
         raise DataError("data.heldout=0: there are no held-out records to compare with.")
-    labels = len(data.labels) if config.model.kind == "encoder" else 0
+    labels = len(public_labels(config.data)) if config.model.kind == "encoder" else 0
     with TemporaryDirectory() as scratch:
         adapter = export_adapter(folder, Path(scratch) / "adapter")
         model = PeftModel.from_pretrained(load_base(config.model, labels=labels), adapter).eval()
@@ -135,8 +135,6 @@ def _losses(model: PeftModel, records: list[Encoded], config: Config) -> Scores:
 
 
 def _chunk_losses(base: PreTrainedModel, records: list[Encoded], pad: int, *, encoder: bool) -> Tensor:
-    if not encoder:
-        return causal_losses(base, collate(records, pad))
-    batch = collate_classes(records, pad)
-    logits = base(**{name: value.to(base.device) for name, value in batch.inputs.items()}).logits
-    return nn.functional.cross_entropy(logits.float(), batch.rows.to(logits.device), reduction="none")
+    if encoder:
+        return class_losses(base, records, pad)
+    return causal_losses(base, collate(records, pad))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedllm.config import Config
-from fedllm.data.sites import simulated_site, site_names
+from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError
 from fedllm.privacy.accounting import epsilon, selected_epsilon
 from fedllm.privacy.entropy import SecureGenerator
@@ -93,13 +93,12 @@ def tuning_cost(config: Config, *, mean: float, runs: int) -> list[TuningCost]:
         Number of runs made.
     """
     costs = []
-    for index, name in enumerate(site_names(config.data, sites=config.federation.sites)):
-        data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=index)
-        plan = make_plan(config, units=len(data.units), site=name)
+    for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed):
+        plan = make_plan(config, units=len(data.units), site=data.name)
         whole = plan.spend(rounds=plan.rounds)
         costs.append(
             TuningCost(
-                site=name,
+                site=data.name,
                 one=epsilon([whole], delta=plan.delta, relation=plan.relation),
                 selected=selected_epsilon(whole, mean=mean, delta=plan.delta),
                 composed=epsilon([whole] * runs, delta=plan.delta, relation=plan.relation),

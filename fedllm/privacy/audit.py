@@ -58,8 +58,8 @@ def epsilon_by_counts(without: Scores, included: Scores, *, delta: float) -> flo
     without, included : ndarray
         Scores of runs without and with the canary; larger means that it looks included.
     """
-    threshold = _best_threshold(*_halves(without, 0), *_halves(included, 0), delta=delta)
-    errors = _errors(_halves(without, 1)[0], _halves(included, 1)[0], threshold)
+    (choosing, judging), (choosing_in, judging_in) = _halves(without), _halves(included)
+    errors = _errors(judging, judging_in, _best_threshold(choosing, choosing_in, delta=delta))
     return max(0.0, _log_ratio(1 - errors[1], errors[0], delta), _log_ratio(1 - errors[0], errors[1], delta))
 
 
@@ -69,8 +69,9 @@ def epsilon_by_gaussian(without: Scores, included: Scores, *, delta: float) -> f
     Both errors of one threshold give a lower bound of mu = 1 / sigma, and that one of epsilon. Far
     tighter than counts, since it knows the shape of the trade-off.
     """
-    threshold = float(np.median(np.concatenate([_halves(without, 0)[0], _halves(included, 0)[0]])))
-    false_positive, false_negative = _errors(_halves(without, 1)[0], _halves(included, 1)[0], threshold)
+    (choosing, judging), (choosing_in, judging_in) = _halves(without), _halves(included)
+    threshold = float(np.median(np.concatenate([choosing, choosing_in])))
+    false_positive, false_negative = _errors(judging, judging_in, threshold)
     mu = float(norm.ppf(1 - false_positive) - norm.ppf(false_negative))
     return float(dp_accounting.get_epsilon_gaussian(1 / mu, delta)) if mu > 0 else 0.0
 
@@ -133,9 +134,9 @@ def hits_at(members: Scores, others: Scores, *, false_positive_rate: float) -> R
     return rate(int((members > threshold).sum()), len(members))
 
 
-def _halves(scores: Scores, which: int) -> tuple[Scores]:
+def _halves(scores: Scores) -> tuple[Scores, Scores]:
     middle = len(scores) // 2
-    return (scores[:middle] if which == 0 else scores[middle:],)
+    return scores[:middle], scores[middle:]
 
 
 def _errors(without: Scores, included: Scores, threshold: float) -> tuple[float, float]:

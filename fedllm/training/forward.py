@@ -26,11 +26,16 @@ def record_losses(session: Session, records: Sequence[Encoded], *, untuned: bool
         Leave out what stands before the prompts.
     """
     if session.spec.head:
-        batch = collate_classes(records, session.pad_id)
-        logits = _class_logits(session.base, batch.inputs)
-        return nn.functional.cross_entropy(logits, batch.rows.to(logits.device), reduction="none")
+        return class_losses(session.base, records, session.pad_id)
     prefix = None if untuned else session.prefix
     return causal_losses(session.base, collate(records, session.pad_id), prefix=prefix)
+
+
+def class_losses(base: PreTrainedModel, records: Sequence[Encoded], pad_id: int) -> Tensor:
+    """Return the cross-entropy of each record's label under an encoder's head, shape (B,), float32."""
+    batch = collate_classes(records, pad_id)
+    logits = _class_logits(base, batch.inputs)
+    return nn.functional.cross_entropy(logits, batch.rows.to(logits.device), reduction="none")
 
 
 def causal_losses(base: PreTrainedModel, batch: Batch, *, prefix: Tensor | None = None) -> Tensor:

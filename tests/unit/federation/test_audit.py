@@ -78,22 +78,23 @@ def test_a_sound_recipe_passes_every_check(changes: dict[str, Any]) -> None:
     assert audit_mechanism(found.plan, trials=trials).check.passed
 
 
-def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+def weaker(monkeypatch: pytest.MonkeyPatch, divisor: float) -> None:
     real = plan_module.gaussian
     monkeypatch.setattr(
         plan_module,
         "gaussian",
-        lambda shape, *, deviation, generator: real(shape, deviation=deviation / 2, generator=generator),
+        lambda shape, *, deviation, generator: real(
+            shape, deviation=deviation / divisor, generator=generator
+        ),
     )
+
+
+def halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    weaker(monkeypatch, 2)
 
 
 def divided_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = plan_module.gaussian
-    monkeypatch.setattr(
-        plan_module,
-        "gaussian",
-        lambda shape, *, deviation, generator: real(shape, deviation=deviation / 20, generator=generator),
-    )
+    weaker(monkeypatch, 20)
 
 
 def clipped_late(monkeypatch: pytest.MonkeyPatch) -> None:

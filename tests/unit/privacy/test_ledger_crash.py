@@ -8,8 +8,6 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from fedllm.privacy.ledger import Entry, Ledger, new_salt
 
 
@@ -70,7 +68,6 @@ def book_and_die(path: Path, point: int) -> tuple[bool, bool]:
     return os.WIFSIGNALED(status), said == b"booked"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kill -9 is a POSIX signal")
 def test_a_kill_at_every_step_of_a_booking_leaves_a_whole_ledger(tmp_path: Path) -> None:
     rounds = set()
     for point in range(1, 10_000):
