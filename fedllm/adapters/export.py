@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from peft import IA3Config, LoraConfig, PromptTuningConfig
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -18,6 +18,9 @@ from fedllm.adapters.layers import Factors
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.adapters.vectors import ia3_config
 from fedllm.errors import RunError
+
+if TYPE_CHECKING:
+    from peft import IA3Config, LoraConfig, PromptTuningConfig
 
 STATE_FILE = "fedllm_state.safetensors"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -64,6 +67,8 @@ def save_peft_adapter(
     RunError
         If the folder cannot be written.
     """
+    from peft import PromptTuningConfig
+
     spec, method = state.spec, METHODS[state.spec.method]
     if spec.method == "ia3":
         tensors = {f"{_PREFIX}{m}.ia3_l": state.tensors[f"{m}.l"] for m in spec.shapes}
@@ -178,6 +183,8 @@ def _lora_tensors(factors: Factors) -> dict[str, Matrix]:
 def _lora_config(
     spec: AdapterSpec, *, rank: int, alpha: float, dora: bool = False, bias: bool = False
 ) -> LoraConfig:
+    from peft import LoraConfig
+
     # exact module paths as a regular expression: lists match by suffix
     targets = "^(" + "|".join(re.escape(module) for module in spec.shapes) + ")$"
     return LoraConfig(
@@ -197,6 +204,8 @@ def _write(
     *,
     base_model: str,
 ) -> None:
+    from peft import PromptTuningConfig
+
     head = {
         f"{_PREFIX}{module}.{name}": state.tensors[f"{module}.{name}"]
         for module in state.spec.head

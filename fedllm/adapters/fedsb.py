@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -14,6 +14,9 @@ from fedllm.adapters.basis import Basis, seeded_basis
 from fedllm.adapters.layers import ADAPTER, LoraFamily, install, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.errors import MismatchError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class FactoredUp(nn.Module):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from typing_extensions import override
 
@@ -13,6 +13,9 @@ from fedllm.adapters.basis import Basis, kaiming_basis
 from fedllm.adapters.layers import LoraFamily, install, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.errors import MismatchError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class FfaLora(LoraFamily):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -15,6 +15,9 @@ from fedllm.adapters.layers import submodule, weight_of
 from fedllm.adapters.lora import Lora
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.errors import MismatchError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class Sequential(nn.Module):

@@ -1,14 +1,15 @@
-"""Injection through PEFT's LoRA layers, which carry every method that adds to a linear map."""
+"""Injection through PEFT's LoRA layers, which carry every method that adds to a linear map.
+
+PEFT is imported where a model is at hand: that takes six seconds, and a server never has one.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -16,6 +17,9 @@ from typing_extensions import override
 from fedllm.adapters.basis import Basis
 from fedllm.adapters.method import AdapterMethod
 from fedllm.adapters.state import AdapterSpec, Matrix, require_same_layout
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 Factors = Mapping[str, tuple[Matrix, Matrix]]
@@ -82,6 +86,8 @@ class LoraFamily(AdapterMethod):
     def inject(
         self, model: PreTrainedModel, spec: AdapterSpec, basis: Basis, *, dropout: float = 0.0
     ) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
         rank = self.inner_rank(spec)
         config = LoraConfig(
             r=rank,
@@ -148,6 +154,8 @@ def install(module: nn.Module, matrix: Matrix, dtype: torch.dtype) -> None:
 
 def adapted_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Return module path (as in the base model) -> PEFT layer, in model order."""
+    from peft.tuners.lora import LoraLayer
+
     prefix = "base_model.model."
     return {
         path.removeprefix(prefix): module

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from typing_extensions import override
 
 from fedllm.adapters.basis import Basis, kaiming_basis
 from fedllm.adapters.layers import ADAPTER, LoraFamily, adapted_layers, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 
 class Lora(LoraFamily):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from peft import IA3Config, get_peft_model
-from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -13,6 +13,10 @@ from typing_extensions import override
 from fedllm.adapters.basis import Basis, generator
 from fedllm.adapters.method import AdapterMethod
 from fedllm.adapters.state import AdapterSpec, Matrix, require_same_layout
+
+if TYPE_CHECKING:
+    from peft import IA3Config
+    from peft.tuners.ia3 import IA3Layer
 
 #: Leaf names of the maps that IA3 scales at their input (PEFT's own list of feed-forward modules).
 FEEDFORWARD = ("down_proj", "fc2", "wo", "dense_4h_to_h", "w2")
@@ -48,6 +52,8 @@ class Ia3(AdapterMethod):
     def inject(
         self, model: PreTrainedModel, spec: AdapterSpec, basis: Basis, *, dropout: float = 0.0
     ) -> nn.Module:
+        from peft import get_peft_model
+
         wrapped = get_peft_model(model, ia3_config(spec))
         found = {path: (int(layer.out_features), int(layer.in_features)) for path, layer in _layers(wrapped)}
         require_same_layout(spec.shapes, found, site="of this process")
@@ -108,6 +114,8 @@ def is_feedforward(module: str) -> bool:
 
 def ia3_config(spec: AdapterSpec) -> IA3Config:
     """Return PEFT's configuration of an IA3 adapter."""
+    from peft import IA3Config
+
     return IA3Config(
         target_modules=list(spec.shapes),
         feedforward_modules=[module for module in spec.shapes if is_feedforward(module)],
@@ -115,6 +123,8 @@ def ia3_config(spec: AdapterSpec) -> IA3Config:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, IA3Layer]]:
+    from peft.tuners.ia3 import IA3Layer
+
     prefix = "base_model.model."
     return [
         (path.removeprefix(prefix), module)

@@ -24,7 +24,7 @@ from fedllm.federation.blobs import BlobStore
 from fedllm.federation.local import Start, finish, projected, receive, sketch_layout
 from fedllm.federation.makebasis import WITH_CORE, make_basis, read_basis
 from fedllm.federation.memory import SiteMemory
-from fedllm.federation.records import ADAPTER, Note, Notes, Parts, pack, text, unpack, whole
+from fedllm.federation.records import ADAPTER, BASIS, Note, Notes, Parts, pack, text, unpack, whole
 from fedllm.federation.site import Site, identify, public_reason, use_threads
 from fedllm.privacy.ledger import GENESIS
 from fedllm.privacy.plan import PrivacyPlan, authorise, make_plan
@@ -36,7 +36,6 @@ from fedllm.wire import decode, encode
 
 log = logging.getLogger("fedllm.site")
 Answer = tuple[Notes, Parts]
-BASIS = "basis"
 
 
 def client_app() -> ClientApp:

@@ -15,6 +15,7 @@ Notes = dict[str, Note]
 #: Name -> bytes; ``adapter`` is the adapter, other names are digests of what sites keep.
 Parts = Mapping[str, bytes]
 ADAPTER = "adapter"
+BASIS = "basis"
 _ARRAYS, _NOTES = "arrays", "notes"
 _BYTES = "fedllm.bytes"
 

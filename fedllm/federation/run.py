@@ -20,12 +20,11 @@ from fedllm.aggregation import RoundPlan, Rule, ServerOptimizer, make_optimizer,
 from fedllm.aggregation.lowrank import Matrix64
 from fedllm.config import Config
 from fedllm.errors import FedllmError, MismatchError, RunError
-from fedllm.federation.client import BASIS
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.heads import LedgerHeads
 from fedllm.federation.makebasis import WITH_CORE, read_basis
 from fedllm.federation.outgoing import Folded, Piece, Sender
-from fedllm.federation.records import Note, Parts, pack, text, whole
+from fedllm.federation.records import BASIS, Note, Parts, pack, text, whole
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from bitsandbytes.nn.modules import Linear4bit
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -172,13 +171,22 @@ def load_base(model: ModelSettings, *, labels: int = 0) -> PreTrainedModel:
             "They would be random. Copy the whole model folder again."
         )
     base.requires_grad_(False)
-    for module in base.modules():
-        if isinstance(module, Linear4bit):
-            # On some processors an evaluation pass would repack the codes into a layout through which
-            # no gradient flows: training after evaluation would silently lose it.
-            module.support_avx512bf16_for_cpu = False
+    if model.quantization != "none":
+        _keep_gradients(base)
     base.eval()
     return base
+
+
+def _keep_gradients(base: PreTrainedModel) -> None:
+    """Keep the 4-bit layers' layout: on some processors an evaluation pass would change it.
+
+    No gradient flows through the other one, so training after evaluation would silently lose it.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def is_head(path: str) -> bool:
