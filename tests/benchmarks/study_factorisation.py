@@ -56,7 +56,7 @@ def sensitivity(factor: Matrix) -> float:
 
 
 def best_for_all(rounds: int) -> Matrix:
-    """Return the lower-triangular C with the least mean squared error over all iterates that a search finds."""
+    """Return the lower-triangular C of least mean squared error over all iterates that a search finds."""
     below = np.tril_indices(rounds)
 
     def loss(entries: Matrix) -> tuple[float, Matrix]:
