@@ -119,7 +119,7 @@ def test_a_failing_cell_is_named_and_the_others_finish(tmp_path: Path, compare: 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, compare: Compare) -> None:
     file, run = tmp_path / "long.toml", tmp_path / "out" / "all" / "fed-sb-r-4" / "1"
-    file.write_text(FILE.replace("rounds = 1", "rounds = 15\nevaluation.every = 0"))
+    file.write_text(FILE.replace("rounds = 1", "rounds = 80\nevaluation.every = 0"))
     process = subprocess.Popen(
         [*HEAD, str(file), "--dir", "out", "--seeds", "1", "--only", "Fed-SB r=4"],
         cwd=tmp_path,
