@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_failing_cell_is_named_and_the_others_finish(tmp_path: Path, compare: 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, compare: Compare) -> None:
     file, run = tmp_path / "long.toml", tmp_path / "out" / "all" / "fed-sb-r-4" / "1"
-    file.write_text(FILE.replace("rounds = 1", "rounds = 80\nevaluation.every = 0"))
+    file.write_text(FILE.replace("rounds = 1", "rounds = 15\nevaluation.every = 0"))
     process = subprocess.Popen(
         [*HEAD, str(file), "--dir", "out", "--seeds", "1", "--only", "Fed-SB r=4"],
         cwd=tmp_path,
@@ -127,6 +128,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, compare: Compare) -> None:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell's background job inherits that interrupts are ignored
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(run.glob("checkpoints/*")) and time.monotonic() < deadline:
