@@ -34,9 +34,11 @@ def clipped_sum(gradients: Mapping[str, Tensor], *, clipping_norm: float) -> dic
     It moves by at most C when one example is added or removed.
     """
     finite, factors = _factors(gradients, clipping_norm)
+    # a factor of zero times NaN is NaN; without one, no gradient is copied
+    whole = bool(finite.all())
     result = {}
     for name, value in gradients.items():
-        safe = torch.where(finite.view(-1, *[1] * (value.dim() - 1)), value, 0.0)
+        safe = value if whole else torch.where(finite.view(-1, *[1] * (value.dim() - 1)), value, 0.0)
         result[name] = torch.einsum("b,b...->...", factors, safe)
     return result
 
@@ -100,7 +102,7 @@ def pair_sums(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _factors(gradients: Mapping[str, Tensor], clipping_norm: float) -> tuple[Tensor, Tensor]:
     """Return which examples are finite, and what each is multiplied with; shape (B,) both."""
-    squares = torch.stack([value.flatten(1).square().sum(1) for value in gradients.values()])
-    norms = squares.sum(0).sqrt()
+    parts = [torch.linalg.vector_norm(value.flatten(1), dim=1) for value in gradients.values()]
+    norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     finite = torch.isfinite(norms)
     return finite, torch.where(finite, (clipping_norm / norms.clamp_min(1e-12)).clamp_max(1.0), 0.0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 
@@ -28,10 +30,11 @@ class SecureGenerator:
         return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-        """Return standard normal float64 numbers (Box-Muller)."""
+        """Return standard normal float64 numbers (Box-Muller, in PyTorch: its loops are vectorised)."""
         count = int(np.prod(shape))
         pairs = (count + 1) // 2
-        radius = np.sqrt(-2.0 * np.log1p(-self.uniform(pairs)))
-        angle = 2.0 * np.pi * self.uniform(pairs)
-        both = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        return both[:count].reshape(shape)
+        radius = torch.from_numpy(self.uniform(pairs)).neg_().log1p_().mul_(-2.0).sqrt_()
+        angle = torch.from_numpy(self.uniform(pairs)).mul_(2.0 * math.pi)
+        both = torch.cat([radius * angle.cos(), radius * angle.sin()])
+        drawn: npt.NDArray[np.float64] = both[:count].reshape(shape).numpy()
+        return drawn
