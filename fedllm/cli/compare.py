@@ -55,7 +55,7 @@ def compare(
     base = true
     majority = true
     local = true
-    central = true
+    central.settings.train.lr = 1e-3  # true, or what it sets for itself
 
     \b
     \\[\\[cells]]                       # one a method

@@ -13,9 +13,13 @@ from fedllm.config import Scalar
 from fedllm.errors import ConfigError
 from fedllm.resources import find_recipe
 
+#: Baselines that are runs of their own.
+TRAINED = ("local", "central")
+
 TABLES = {
     "": ("title", "recipe", "seeds", "metric", "minutes", "settings", "baselines", "cells", "groups"),
     "baselines": ("base", "majority", "local", "central"),
+    **{f"baselines.{key}": ("settings",) for key in TRAINED},
     "cells": ("name", "settings"),
     "groups": ("name", "settings"),
 }
@@ -54,8 +58,12 @@ def read_comparison(file: Path, *, seeds: str = "") -> Comparison:
         raise ConfigError(f"{file}: metric '{metric}' is not one of {', '.join(METRICS)}.")
     baselines = _typed(values, "baselines", dict, file, {})
     _known(baselines, "baselines", file)
-    chosen = tuple(key for key in BASELINES if _typed(baselines, key, bool, file, False))
-    run = [Variant(BASELINES[key], {"federation.mode": key}) for key in chosen if key in ("local", "central")]
+    wanted = {key: _baseline(baselines, key, file) for key in BASELINES}
+    run = [
+        Variant(BASELINES[key], {**own, "federation.mode": key})
+        for key in TRAINED
+        if (own := wanted[key]) is not None
+    ]
     cells = _variants(values, "cells", file)
     _require_distinct([*cells, *(Variant(name, {}) for name in BASELINES.values())], "cells", file)
     groups = _variants(values, "groups", file) if "groups" in values else (Variant("all", {}),)
@@ -68,7 +76,7 @@ def read_comparison(file: Path, *, seeds: str = "") -> Comparison:
         metric=metric,
         minutes=None if minutes is None else float(_typed(values, "minutes", int | float, file)),
         settings=_settings(values, file),
-        baselines=chosen,
+        baselines=tuple(key for key, own in wanted.items() if own is not None),
         cells=(*cells, *run),
         groups=groups,
     )
@@ -106,6 +114,15 @@ def _typed(table: Mapping[str, Any], key: str, kind: Any, file: Path, default: A
         wanted = {str: "a text", dict: "a table", bool: "true or false", list: "a list"}.get(kind, "a number")
         raise ConfigError(f"{file}: '{key}' must be {wanted}, got {value!r}.")
     return value
+
+
+def _baseline(table: Mapping[str, Any], key: str, file: Path) -> dict[str, Scalar] | None:
+    """Return what a baseline sets for itself, or None where it is not asked for."""
+    value = table.get(key, False)
+    if key in TRAINED and isinstance(value, dict):
+        _known(value, f"baselines.{key}", file)
+        return _settings(value, file)
+    return {} if _typed(table, key, bool, file, False) else None
 
 
 def _variants(values: Mapping[str, Any], key: str, file: Path) -> tuple[Variant, ...]:

@@ -180,6 +180,8 @@ GOOD = 'recipe = "demo/smoke"\nseeds = [1]\n'
         (GOOD + 'minutes = "ten"\n' + CELL, "'minutes' must be a number"),
         (GOOD + "[baselines]\nbases = true\n" + CELL, "unknown key 'bases' in [baselines]"),
         (GOOD + "[baselines]\nbase = 1\n" + CELL, "'base' must be true or false"),
+        (GOOD + "[baselines.base]\nsettings.train.lr = 1.0\n" + CELL, "'base' must be true or false"),
+        (GOOD + "[baselines.central]\nlr = 1.0\n" + CELL, "unknown key 'lr' in [baselines.central]"),
         (GOOD + CELL + "rank = 2\n", "unknown key 'rank' in [cells]"),
         (GOOD + "[[cells]]\nsettings.adapter.rank = 2\n", "needs a name"),
         (GOOD + CELL + '[[cells]]\nname = "A"\n', "called 'a' and 'A'; rename one"),
@@ -217,6 +219,22 @@ def test_unknown_cells_seeds_and_files_are_named(tmp_path: Path) -> None:
         read_comparison(tmp_path / "file.toml", seeds="1,x")
     with pytest.raises(ConfigError, match="no such file"):
         read_comparison(tmp_path / "none.toml")
+
+
+def test_a_baseline_has_settings_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text(
+        GOOD
+        + "[settings]\ntrain.lr = 0.5\n"
+        + "[baselines]\nbase = true\nlocal = true\ncentral.settings.train.lr = 0.25\n"
+        + CELL
+    )
+    found = read_comparison(file)
+    assert found.baselines == ("base", "local", "central")
+    rates = {
+        job.cell: (job.config.train.lr, job.config.federation.mode) for job in plan(found, file, tmp_path)
+    }
+    assert rates == {"a": (0.5, "federated"), "local only": (0.5, "local"), "central": (0.25, "central")}
 
 
 def test_every_cell_runs_in_every_group_with_its_settings(tmp_path: Path) -> None:
