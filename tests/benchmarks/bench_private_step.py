@@ -173,7 +173,6 @@ def last_line(arguments: Sequence[str], *, environment: dict[str, str]) -> str:
 
 def measure_memory(case: dict[str, object]) -> None:
     """Print the peak memory of two steps above the memory before them (of this process)."""
-    torch.set_num_threads(1)
     step = make_step(**case)  # type: ignore[arg-type]
     # the kernel's high-water mark starts anew from what is held now
     Path("/proc/self/clear_refs").write_text("5")
@@ -191,7 +190,6 @@ def status_mib(key: str) -> float:
 
 def measure_time(case: dict[str, object], *, repeats: int) -> None:
     """Print engine -> processor seconds of each step, the engines taking turns (in this process)."""
-    torch.set_num_threads(1)
     steps = {engine: make_step(engine, **case) for engine in ENGINES}  # type: ignore[arg-type]
     seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     order = np.random.default_rng(0)
@@ -220,6 +218,7 @@ def main() -> None:
     parser.add_argument("--measure-memory", default="", help=argparse.SUPPRESS)
     parser.add_argument("--measure-time", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.measure_memory:
         measure_memory(json.loads(options.measure_memory))
         return
