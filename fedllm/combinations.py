@@ -189,6 +189,8 @@ def _check_model_and_adapter(config: Config) -> None:
             )
     if adapter.basis == "dp-gradient" and not config.privacy.enabled:
         raise ConfigError("adapter.basis=dp-gradient needs privacy.enabled=true, which accounts for it.")
+    if config.model.pooling == "mean" and config.model.kind != "encoder":
+        raise ConfigError("model.pooling=mean is for classification heads; set model.kind=encoder.")
     if config.model.kind == "encoder":
         if data.task != "classify":
             raise ConfigError(f"model.kind=encoder classifies; data.task={data.task} needs a causal model.")

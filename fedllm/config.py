@@ -90,6 +90,11 @@ class ModelSettings:
         "causal: a language model; encoder: sequence classification with a trained head",
         choices=("causal", "encoder"),
     )
+    pooling: str = setting(
+        "model",
+        "what an encoder's head reads; model: what its class gives it; mean: the mean of its tokens' states",
+        choices=("model", "mean"),
+    )
     dtype: str = setting(
         "auto",
         "number format of the base; auto: bfloat16 where the processor computes in it, else float32",

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedllm.cli.comparison import nearest, read_comparison
-from fedllm.cli.jobs import Comparison, Job, plan, run_all
+from fedllm.cli.jobs import Comparison, Job, core_shares, plan, run_all
 from fedllm.errors import ConfigError
 
 console = Console(highlight=False)
@@ -31,6 +31,9 @@ def compare(
     only: Annotated[
         list[str] | None, typer.Option(help="Run this cell only (repeatable); the table keeps all.")
     ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", help="Runs side by side; each gets its part of the cores.")
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and list the runs; run nothing.")
     ] = False,
@@ -70,9 +73,10 @@ def compare(
     """
     comparison = read_comparison(file, seeds=seeds)
     folder = (dir or Path("runs") / file.stem).expanduser().resolve()
-    jobs = plan(comparison, file, folder)
-    wanted = _only(jobs, only or [], file)
-    states = {job.name: job.state() for job in jobs}
+    core_shares(jobs)
+    planned = plan(comparison, file, folder)
+    wanted = _only(planned, only or [], file)
+    states = {job.name: job.state() for job in planned}
     if comparison.minutes:
         console.print(f"about {comparison.minutes:g} min when nothing has been run", markup=False)
     if dry_run:
@@ -81,8 +85,8 @@ def compare(
             text = "" if state == "finished" else f": {shlex.join(['fedllm', *job.command(state)])}"
             console.print(f"{state:>10}  {job.name}{text}", soft_wrap=True, markup=False)
         return
-    failures = run_all([job for job in wanted if states[job.name] != "finished"], states)
-    _write(comparison, jobs, folder, source=file.read_bytes())
+    failures = run_all([job for job in wanted if states[job.name] != "finished"], states, at_once=jobs)
+    _write(comparison, planned, folder, source=file.read_bytes())
     for name, reason in failures.items():
         console.print(f"failed: {name}: {reason}", style="red", soft_wrap=True, markup=False)
     if failures:

@@ -1,4 +1,4 @@
-"""Runs of a comparison: planned, told apart by what has finished, and run one after another."""
+"""Runs of a comparison: planned, told apart by what has finished, and run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import tomli_w
@@ -156,55 +159,97 @@ def plan(comparison: Comparison, file: Path, folder: Path) -> list[Job]:
     return jobs
 
 
-def run_all(jobs: Sequence[Job], states: Mapping[str, str]) -> dict[str, str]:
-    """Run one after another; return the reason of each that failed."""
+@dataclass(frozen=True)
+class _Running:
+    """A run that has been started."""
+
+    head: str
+    job: Job
+    process: BaseProcess
+    cores: frozenset[int]
+    since: float
+
+
+def run_all(jobs: Sequence[Job], states: Mapping[str, str], *, at_once: int = 1) -> dict[str, str]:
+    """Run them, ``at_once`` side by side on as many parts of the cores; return why each failed that did."""
     failures: dict[str, str] = {}
-    for number, job in enumerate(jobs, start=1):
-        state = states[job.name]
-        notes = {"unfinished": ": goes on", "changed": f": anew, its settings changed ({_difference(job)})"}
-        head = f"[{number}/{len(jobs)}] {job.name}{notes.get(state, '')}"
-        start = time.monotonic()
-        try:
-            with console.status(escape(head)):
-                reason = _run(job, state)
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on from here")
-            raise
-        if reason:
-            failures[job.name] = reason
-        outcome = "failed" if reason else "done"
-        console.print(f"{head}: {outcome}, {time.monotonic() - start:.0f} s", soft_wrap=True, markup=False)
+    waiting = deque(enumerate(jobs, start=1))
+    free = core_shares(at_once)
+    running: list[_Running] = []
+    try:
+        with console.status("") as status:
+            while waiting or running:
+                while waiting and free:
+                    number, job = waiting.popleft()
+                    head = f"[{number}/{len(jobs)}] {job.name}{_note(job, states[job.name])}"
+                    running.append(_start(job, states[job.name], head=head, cores=free.pop()))
+                status.update(escape("\n".join(run.head for run in running)))
+                connection.wait([run.process.sentinel for run in running])
+                for run in [run for run in running if run.process.exitcode is not None]:
+                    running.remove(run)
+                    free.append(run.cores)
+                    reason = _reason(run)
+                    if reason:
+                        failures[run.job.name] = reason
+                    outcome = f"{'failed' if reason else 'done'}, {time.monotonic() - run.since:.0f} s"
+                    console.print(f"{run.head}: {outcome}", soft_wrap=True, markup=False)
+    except KeyboardInterrupt:
+        # a terminal interrupts the runs, too
+        deadline = time.monotonic() + GRACE_SECONDS
+        for run in running:
+            run.process.join(max(0.0, deadline - time.monotonic()))
+            run.process.terminate()
+        console.print("interrupted; the same command goes on from here")
+        raise
     return failures
 
 
-def _run(job: Job, state: str) -> str:
-    """Run one, and return why it failed, or ''."""
+def core_shares(parts: int) -> list[frozenset[int]]:
+    """Return this process' cores in equal parts, so that runs side by side do not wait for each other.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer cores than parts.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= parts <= len(cores):
+        raise ConfigError(f"--jobs must be 1 to {len(cores)}, the cores of this machine; got {parts}.")
+    return [frozenset(cores[part::parts]) for part in range(parts)]
+
+
+def _note(job: Job, state: str) -> str:
+    if state == "changed":
+        return f": anew, its settings changed ({_difference(job)})"
+    return ": goes on" if state == "unfinished" else ""
+
+
+def _start(job: Job, state: str, *, head: str, cores: frozenset[int]) -> _Running:
     if state == "changed":
         shutil.rmtree(job.folder)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     # forked from a process that has imported everything once: imports take longer than a small run
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    process = context.Process(target=run_logged, args=(job.command(state), str(job.log)))
+    process = context.Process(target=run_logged, args=(job.command(state), str(job.log), cores))
     process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        # a terminal interrupts both
-        process.join(GRACE_SECONDS)
-        process.terminate()
-        raise
-    code = process.exitcode
+    return _Running(head, job, process, cores, time.monotonic())
+
+
+def _reason(run: _Running) -> str:
+    """Return why a run that ended failed, or ''."""
+    code, log = run.process.exitcode, run.job.log
     if code == 0:
         return ""
-    said = [line for line in job.log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-    return said[-1].removeprefix("error: ") if said else f"ended with exit code {code}; see {job.log}"
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    return said[-1].removeprefix("error: ") if said else f"ended with exit code {code}; see {log}"
 
 
-def run_logged(words: list[str], log: str) -> None:
-    """Run ``fedllm`` with these words in this process, all it prints going to a file."""
+def run_logged(words: list[str], log: str, cores: frozenset[int]) -> None:
+    """Run ``fedllm`` with these words in this process, on these cores, all it prints going to a file."""
     from fedllm.cli.app import main
 
+    os.sched_setaffinity(0, cores)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)

@@ -58,7 +58,7 @@ def export_merged(folder: Path, target: Path, *, site: str = "") -> Path:
     Raises
     ------
     ConfigError
-        If the base is quantised, or the adapter is virtual tokens.
+        From :func:`merged_model`.
     RunError
         If the run has no such adapter, or the target exists.
     ModelError
@@ -114,13 +114,18 @@ def merged_model(folder: Path, *, site: str = "") -> PreTrainedModel:
     Raises
     ------
     ConfigError
-        If the base is quantised, or the adapter is virtual tokens.
+        If the base is quantised, the adapter is virtual tokens, or the head reads a mean.
     RunError
         If the run has no such adapter.
     ModelError
         If the base cannot be loaded.
     """
     config = load_config(open_run(folder))
+    if config.model.pooling == "mean":
+        raise ConfigError(
+            "model.pooling=mean: the merged model's own class would give its head another input; export the "
+            "adapter, whose README.md shows how it is used."
+        )
     if config.model.quantization != "none" or config.adapter.method == "prompt":
         raise ConfigError(
             "a quantised base, or an adapter of virtual tokens, cannot be merged; export the adapter alone."

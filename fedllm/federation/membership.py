@@ -135,7 +135,7 @@ def _losses(model: PeftModel, records: list[Encoded], config: Config) -> Scores:
 
 def _chunk_losses(base: PreTrainedModel, records: list[Encoded], pad: int, config: Config) -> Tensor:
     if config.model.kind == "encoder":
-        return class_losses(base, records, pad)
+        return class_losses(base, records, pad, pooling=config.model.pooling)
     if config.train.objective == "dpo":
         return -preferences(base, records, pad)
     return causal_losses(base, collate(records, pad))

@@ -206,7 +206,7 @@ def use_threads(config: Config) -> int:
 
         resources = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
         threads = int(resources.get("CPU", 1)) or 1
-    threads = threads or os.cpu_count() or 1
+    threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     return threads
 

@@ -12,13 +12,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models.load import CLASSES, is_head
+from fedllm.models.pooling import reads_pooler, require_linear_head
 from fedllm.models.quiet import quiet
 
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
 def linear_shapes(
-    config: PretrainedConfig, *, targets: str, layers: str, kind: str = "causal"
+    config: PretrainedConfig, *, targets: str, layers: str, kind: str = "causal", pooling: str = "model"
 ) -> dict[str, tuple[int, int]]:
     """Return the linear layers to adapt.
 
@@ -32,6 +33,8 @@ def linear_shapes(
     layers : str
         Layer numbers and ranges such as ``15-29`` or ``0,3,5``; empty: all. Modules outside the
         numbered layers are not filtered.
+    pooling : str
+        With ``mean`` an encoder's pooler computes nothing and is left out.
 
     Returns
     -------
@@ -42,13 +45,20 @@ def linear_shapes(
     ------
     ConfigError
         If a target or layer does not exist, or nothing is left to adapt.
+    ModelError
+        If the head cannot read a mean.
     """
     model = _without_weights(config, kind)
+    if pooling == "mean":
+        require_linear_head(model)
     head = model.get_output_embeddings() if kind == "causal" else None
     linear = {
         path: (module.out_features, module.in_features)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not (kind == "encoder" and is_head(path))
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and not (kind == "encoder" and is_head(path))
+        and not (pooling == "mean" and reads_pooler(path))
     }
     if not linear:
         raise ConfigError(

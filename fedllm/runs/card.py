@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from fedllm.adapters import METHODS
+from fedllm.adapters.export import load_state
 from fedllm.config import Config
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
@@ -44,9 +45,21 @@ matrices left a site.
 
 ```python
 from peft import PeftModel
-from transformers import {{ auto }}
+from transformers import {{ auto }}, AutoTokenizer
 
-model = PeftModel.from_pretrained({{ auto }}.from_pretrained("{{ config.model.name }}"), "this/folder")
+base = {{ auto }}.from_pretrained("{{ config.model.name }}"{{ ", num_labels=%d" % rows if rows }})
+model = PeftModel.from_pretrained(base, "this/folder").eval()
+{% if rows %}
+tokens = AutoTokenizer.from_pretrained("{{ config.model.name }}")(["A text."], return_tensors="pt")
+{% if config.model.pooling == "mean" %}
+# the head reads the mean of the tokens' states, not what the model's class would give it
+mask = tokens["attention_mask"].unsqueeze(-1)
+states = base.base_model(**tokens).last_hidden_state
+logits = base.classifier((states * mask).sum(1) / mask.sum(1))
+{% else %}
+logits = model(**tokens).logits
+{% endif %}
+{% endif %}
 ```
 
 ## Results
@@ -124,6 +137,7 @@ def write_card(folder: RunFolder) -> Path:
         config=config,
         method=METHODS[config.adapter.method].title,
         auto=f"AutoModelFor{'CausalLM' if config.model.kind == 'causal' else 'SequenceClassification'}",
+        rows=_rows(folder) if config.model.kind == "encoder" else 0,
         task=_task(config),
         manifest=manifest,
         simulated=manifest["simulated"],
@@ -143,6 +157,12 @@ def write_card(folder: RunFolder) -> Path:
     path = folder.adapter_dir / "README.md"
     atomic_write(path, ModelCard(text).content.encode())
     return path
+
+
+def _rows(folder: RunFolder) -> int:
+    """Return the rows of an encoder's head, one a label."""
+    state, _ = load_state(folder.adapter_dir)
+    return max(out for out, _ in state.spec.head.values())
 
 
 def _task(config: Config) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedllm.data.encode import Encoded, collate, collate_classes
 from fedllm.evaluation.generation import end_tokens, greedy_tokens
 from fedllm.evaluation.scoring import label_log_likelihoods
+from fedllm.models.pooling import class_logits
 from fedllm.training.likelihood import causal_losses
 from fedllm.training.preference import dpo_losses, margins
 from fedllm.training.session import Session
@@ -30,17 +31,17 @@ def record_losses(session: Session, records: Sequence[Encoded], *, untuned: bool
         Leave out what stands before the prompts.
     """
     if session.spec.head:
-        return class_losses(session.base, records, session.pad_id)
+        return class_losses(session.base, records, session.pad_id, pooling=session.pooling)
     if session.beta is not None:
         return dpo_losses(margins(session, records), beta=session.beta)
     prefix = None if untuned else session.prefix
     return causal_losses(session.base, collate(records, session.pad_id), prefix=prefix)
 
 
-def class_losses(base: PreTrainedModel, records: Sequence[Encoded], pad_id: int) -> Tensor:
+def class_losses(base: PreTrainedModel, records: Sequence[Encoded], pad_id: int, *, pooling: str) -> Tensor:
     """Return the cross-entropy of each record's label under an encoder's head, shape (B,), float32."""
     batch = collate_classes(records, pad_id)
-    logits = _class_logits(base, batch.inputs)
+    logits = class_logits(base, batch.inputs, pooling=pooling)
     return nn.functional.cross_entropy(logits, batch.rows.to(logits.device), reduction="none")
 
 
@@ -62,8 +63,9 @@ def label_scores(
     """
     with torch.no_grad():
         if session.spec.head:
-            batch = collate_classes(records, session.pad_id)
-            return torch.log_softmax(_class_logits(session.base, batch.inputs), dim=-1).cpu()
+            inputs = collate_classes(records, session.pad_id).inputs
+            logits = class_logits(session.base, inputs, pooling=session.pooling)
+            return torch.log_softmax(logits, dim=-1).cpu()
     return label_log_likelihoods(
         session.base,
         [record.prompt for record in records],
@@ -109,8 +111,3 @@ def greedy_answers(
         str(tokenizer.decode(found[place], skip_special_tokens=True)).strip() for place in range(len(records))
     ]
     return texts, sum(answer[-1] not in stop for answer in found.values()) / len(records)
-
-
-def _class_logits(base: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    logits: Tensor = base(**{name: value.to(base.device) for name, value in inputs.items()}).logits
-    return logits.float()

@@ -40,6 +40,8 @@ class Session:
         What hands out per-example gradients in private runs.
     weights : str
         Fingerprint of the base weights.
+    pooling : str
+        What an encoder's head reads, see :func:`fedllm.models.pooling.class_logits`.
     prefix : Tensor or None
         Embeddings before every prompt, shape (tokens, width), where the method has them.
     beta : float or None
@@ -54,6 +56,7 @@ class Session:
     recorder: Recorder | None
     weights: str
     pad_id: int
+    pooling: str
     prefix: Tensor | None
     beta: float | None
 
@@ -129,6 +132,7 @@ def _open(key: _SessionKey) -> Session:
         recorder=ENGINES[key.engine](wrapped, parameters) if key.engine else None,
         weights=weights,
         pad_id=int(load_tokenizer(key.model).pad_token_id),
+        pooling=key.model.pooling,
         prefix=prefix_of(wrapped),
         beta=key.beta,
     )

@@ -38,7 +38,9 @@ def adapter_spec(config: Config) -> AdapterSpec:
     model = load_config(config.model, labels=labels)
     shapes = {}
     if adapter.method != "prompt":
-        shapes = linear_shapes(model, targets=adapter.targets, layers=adapter.layers, kind=kind)
+        shapes = linear_shapes(
+            model, targets=adapter.targets, layers=adapter.layers, kind=kind, pooling=config.model.pooling
+        )
     basis = "none"
     if METHODS[adapter.method].has_basis:
         basis = f"seeded:{basis_seed(config)}" if adapter.basis == "seeded" else "shipped:"

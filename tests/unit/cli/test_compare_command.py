@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fedllm.cli.app import app
 from fedllm.cli.comparison import read_comparison
-from fedllm.cli.jobs import plan
+from fedllm.cli.jobs import core_shares, plan
 from fedllm.config import Config, parse_overrides, read_toml
 from fedllm.errors import ConfigError
 
@@ -118,12 +118,15 @@ def test_a_failing_cell_is_named_and_the_others_finish(tmp_path: Path, compare: 
     assert "Not finished: all, Fed-SB bad, seed 1." in page
 
 
-def begin(folder: Path) -> tuple[subprocess.Popen[str], Path, Path]:
-    """Start a comparison in its own session; return it, its file and its run once that has a checkpoint."""
-    file, run = folder / "long.toml", folder / "out" / "all" / "fed-sb-r-4" / "1"
+def begin(folder: Path, jobs: int = 1) -> tuple[subprocess.Popen[str], Path, list[Path]]:
+    """Start a comparison in its own session; return it, its file and its runs once those have checkpoints."""
+    file = folder / "long.toml"
     file.write_text(FILE.replace("rounds = 1", "rounds = 15\nevaluation.every = 0"))
+    seeds = [str(seed + 1) for seed in range(jobs)]
+    runs = [folder / "out" / "all" / "fed-sb-r-4" / seed for seed in seeds]
+    wanted = ["--seeds", ",".join(seeds), "--only", "Fed-SB r=4", "--jobs", str(jobs)]
     process = subprocess.Popen(
-        [*HEAD, str(file), "--dir", "out", "--seeds", "1", "--only", "Fed-SB r=4"],
+        [*HEAD, str(file), "--dir", "out", *wanted],
         cwd=folder,
         env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -133,13 +136,40 @@ def begin(folder: Path) -> tuple[subprocess.Popen[str], Path, Path]:
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
-    while not list(run.glob("checkpoints/*")) and time.monotonic() < deadline:
+    while not all(list(run.glob("checkpoints/*")) for run in runs) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return process, file, run
+    return process, file, runs
+
+
+def test_runs_side_by_side_have_cores_of_their_own(tmp_path: Path, compare: Compare) -> None:
+    mine = os.sched_getaffinity(0)
+    for parts in range(1, len(mine) + 1):
+        shares = core_shares(parts)
+        assert sorted(core for share in shares for core in share) == sorted(mine)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    (tmp_path / "file.toml").write_text(FILE)
+    for wrong in (0, len(mine) + 1):
+        refused = compare("file.toml", "--jobs", wrong)
+        assert isinstance(refused.exception, ConfigError)
+        assert f"--jobs must be 1 to {len(mine)}" in str(refused.exception)
+
+
+def test_interrupted_runs_side_by_side_go_on(tmp_path: Path, compare: Compare) -> None:
+    jobs = min(2, len(os.sched_getaffinity(0)))
+    process, file, runs = begin(tmp_path, jobs)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in said
+    assert all("run_failed" in (run / "events.jsonl").read_text() for run in runs)
+    rest = compare(file, "--dir", "out", "--only", "Fed-SB r=4", "--jobs", jobs)
+    assert rest.exit_code == 0, rest.output
+    assert rest.output.count("goes on: done") == jobs
+    assert compare(file, "--dir", "out", "--only", "Fed-SB r=4", "--dry-run").output.count("finished") == 2
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, compare: Compare) -> None:
-    process, file, run = begin(tmp_path)
+    process, file, (run,) = begin(tmp_path)
     # as a terminal's Ctrl-C: to the command and the run it started
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
@@ -153,7 +183,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, compare: Compare) -> None:
 
 
 def test_a_run_ends_with_the_comparison_that_was_killed(tmp_path: Path) -> None:
-    process, _, run = begin(tmp_path)
+    process, _, (run,) = begin(tmp_path)
     process.kill()
     process.wait(timeout=60)
     # whoever holds the pipe's other end would keep this from ending

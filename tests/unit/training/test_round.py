@@ -376,9 +376,11 @@ def test_a_matrix_that_rests_stays_and_has_no_private_gradient() -> None:
             assert np.array_equal(value, state.tensors[key]) == key.endswith(".A"), key
 
 
-def test_an_encoder_learns_its_head_and_adapter_and_has_a_private_path() -> None:
+@pytest.mark.parametrize("pooling", ["model", "mean"])
+def test_an_encoder_learns_its_head_and_adapter_and_has_a_private_path(pooling: str) -> None:
     labels = {"model.kind": "encoder", "model.name": "tiny-bert", "train.lr": 3e-3, "train.local_steps": 20}
-    config = Config.from_flat(SETTINGS | labels | {"adapter.method": "lora"})  # type: ignore[operator]
+    options = {"adapter.method": "lora", "model.pooling": pooling}
+    config = Config.from_flat(SETTINGS | labels | options)  # type: ignore[operator]
     spec, basis = adapter_spec(config), basis_from_seed(adapter_spec(config))
     assert basis is not None
     session = open_session(config, spec, basis)
