@@ -1,4 +1,4 @@
-"""Commands about runs: run, show, report, generate."""
+"""Commands about runs: run, show, report, export, generate, classify."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
 
 from fedllm.cli.recipes import Overrides
 from fedllm.cli.tables import HEADINGS, Event, LiveRounds, final_table
@@ -249,3 +251,25 @@ def generate(
     base, tuned = answer(run, prompt, max_new_tokens=max_new_tokens, site=site)
     console.print("base:  ", base, markup=False)
     console.print("tuned: ", tuned, markup=False)
+
+
+def classify(
+    run: Folder,
+    text: Annotated[str, typer.Argument(help="What to classify; the recipe's instruction goes before it.")],
+    pair: Annotated[str, typer.Option(help="The second text, where the recipe reads two.")] = "",
+    most: Annotated[int, typer.Option(min=1, help="Labels to show.")] = 5,
+    site: Site = "",
+) -> None:
+    """Show the likeliest labels of a text, tuned and untuned."""
+    from fedllm.federation.classify import classify as probabilities
+
+    found = probabilities(run, text, pair=pair, site=site)
+    table = Table(box=None, pad_edge=False)
+    for column in ("label", "untuned base %", "tuned %"):
+        table.add_column(column, justify="left" if column == "label" else "right")
+    for row in found[:most]:
+        before = "-" if row.base is None else f"{100 * row.base:.1f}"
+        table.add_row(escape(row.label), before, f"{100 * row.tuned:.1f}")
+    console.print(table)
+    if len(found) > most:
+        console.print(f"{len(found) - most} more labels; see --most", markup=False)

@@ -119,7 +119,8 @@ def medquad(raw: Path) -> dict[str, Rows]:
     """Return question, answer, source (the NIH institute, as the site), focus (the disease), type.
 
     Three MedlinePlus subsets have no answers, for copyright, and are not in the file. The 14 records of the
-    CDC that name no disease are left out: most of their questions have a gap in its place.
+    CDC that name no disease are left out: most of their questions have a gap in its place. ``short`` holds
+    the answers of at most 80 words, which a small model can learn whole.
     """
     with gzip.open(raw / "medquad.jsonl.gz", "rt", encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
@@ -135,7 +136,8 @@ def medquad(raw: Path) -> dict[str, Rows]:
         for record in records
         if record["focus"].strip()
     ]
-    return _checked("medquad", {"all": rows}, all=16407 - 14)
+    short = [row for row in rows if len(row["answer"].split()) <= 80]
+    return _checked("medquad", {"all": rows, "short": short}, all=16407 - 14, short=4705)
 
 
 def mts_dialog(raw: Path) -> dict[str, Rows]:

@@ -1,0 +1,68 @@
+"""``fedllm classify``: a finished classifier tried on one text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedllm.adapters.export import load_state
+from fedllm.adapters.method import write_state
+from fedllm.cli.app import app
+from fedllm.data.sites import simulated_site
+from fedllm.errors import ConfigError
+from fedllm.federation.classify import classify
+from fedllm.runs.folder import load_config
+from fedllm.training.forward import label_scores
+from fedllm.training.session import open_session, tokenise
+from fedllm.training.spec import basis_from_seed
+
+ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "model__pooling": "mean"}
+
+
+@pytest.mark.parametrize("model", [{}, ENCODER])
+def test_probabilities_are_those_that_the_run_scores(federate: Any, model: dict[str, str]) -> None:
+    folder = federate(**model, federation__rounds=1, train__lr=0.1)
+    config = load_config(folder)
+    state, _ = load_state(folder.adapter_dir)
+    basis = basis_from_seed(state.spec)
+    assert basis is not None
+    session = open_session(config, state.spec, basis)
+    write_state(session.method, session.model, state)
+    site = simulated_site(config.data, sites=3, seed=config.run.seed, index=0)
+    tokens = tokenise(site, config)
+    expected = label_scores(session, tokens.heldout[:1], tokens.label_tokens).softmax(dim=1)[0]
+    found = {row.label: row for row in classify(folder.path, site.heldout[0].text)}
+    assert set(found) == set(tokens.labels)
+    for label, value in zip(tokens.labels, expected.tolist(), strict=True):
+        assert found[label].tuned == pytest.approx(value, abs=1e-4)
+    assert sum(row.tuned for row in found.values()) == pytest.approx(1)
+    untuned = [row.base for row in found.values()]
+    if model:
+        assert untuned == [None] * len(untuned)
+    else:
+        assert sum(untuned) == pytest.approx(1)  # type: ignore[arg-type]
+        assert untuned != [row.tuned for row in found.values()]
+
+
+def test_the_command_shows_the_likeliest_first(federate: Any) -> None:
+    folder = federate(federation__rounds=1)
+    shown = CliRunner().invoke(app, ["classify", str(folder.path), "hotel", "--most", "2"])
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert lines[0].split() == ["label", "untuned", "base", "%", "tuned", "%"]
+    assert float(lines[1].split()[-1]) >= float(lines[2].split()[-1])
+    assert "more labels; see --most" in lines[3]
+
+
+def test_what_cannot_be_classified_is_said_before_a_model_loads(federate: Any) -> None:
+    folder = federate(federation__rounds=1)
+    with pytest.raises(ConfigError, match="the text is empty"):
+        classify(folder.path, " ")
+    with pytest.raises(ConfigError, match="leave out --pair 'a hotel'"):
+        classify(folder.path, "hotel", pair="a hotel")
+    text = (folder.path / "config.toml").read_text()
+    (folder.path / "config.toml").write_text(text.replace('task = "classify"', 'task = "generate"'))
+    with pytest.raises(ConfigError, match="ask it with `fedllm generate`"):
+        classify(folder.path, "hotel")
