@@ -85,7 +85,11 @@ def compare(
             text = "" if state == "finished" else f": {shlex.join(['fedllm', *job.command(state)])}"
             console.print(f"{state:>10}  {job.name}{text}", soft_wrap=True, markup=False)
         return
-    failures = run_all([job for job in wanted if states[job.name] != "finished"], states, at_once=jobs)
+    try:
+        failures = run_all([job for job in wanted if states[job.name] != "finished"], states, at_once=jobs)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        raise
     _write(comparison, planned, folder, source=file.read_bytes())
     for name, reason in failures.items():
         console.print(f"failed: {name}: {reason}", style="red", soft_wrap=True, markup=False)

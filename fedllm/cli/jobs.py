@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -23,6 +24,7 @@ from rich.markup import escape
 
 from fedllm.config import Config, Scalar, read_toml
 from fedllm.errors import ConfigError, RunError
+from fedllm.runs.folder import RunFolder, load_config, locked, open_run
 
 console = Console(highlight=False)
 
@@ -97,9 +99,8 @@ class Job:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def state(self) -> str:
-        """Return finished, unfinished, changed (run with other settings) or missing."""
+        """Return finished, unfinished, changed (run with other settings), unreadable or missing."""
         from fedllm.runs.events import read_events
-        from fedllm.runs.folder import load_config, open_run
 
         try:
             run = open_run(self.folder)
@@ -108,7 +109,7 @@ class Job:
         try:
             same = load_config(run).replace(run__dir=self.config.run.dir) == self.config
         except RunError:
-            return "changed"
+            return "unreadable"
         if not same:
             return "changed"
         done = any(event["event"] == "run_finished" for event in read_events(run))
@@ -181,8 +182,15 @@ def run_all(jobs: Sequence[Job], states: Mapping[str, str], *, at_once: int = 1)
             while waiting or running:
                 while waiting and free:
                     number, job = waiting.popleft()
-                    head = f"[{number}/{len(jobs)}] {job.name}{_note(job, states[job.name])}"
-                    running.append(_start(job, states[job.name], head=head, cores=free.pop()))
+                    state = states[job.name]
+                    head = f"[{number}/{len(jobs)}] {job.name}{_note(job, state)}"
+                    try:
+                        process = _start(job, state, free[-1])
+                    except (OSError, EOFError, RunError) as error:
+                        failures[job.name] = str(error) or type(error).__name__
+                        console.print(f"{head}: failed", soft_wrap=True, markup=False)
+                    else:
+                        running.append(_Running(head, job, process, free.pop(), time.monotonic()))
                 status.update(escape("\n".join(run.head for run in running)))
                 connection.wait([run.process.sentinel for run in running])
                 for run in [run for run in running if run.process.exitcode is not None]:
@@ -193,13 +201,12 @@ def run_all(jobs: Sequence[Job], states: Mapping[str, str], *, at_once: int = 1)
                         failures[run.job.name] = reason
                     outcome = f"{'failed' if reason else 'done'}, {time.monotonic() - run.since:.0f} s"
                     console.print(f"{run.head}: {outcome}", soft_wrap=True, markup=False)
-    except KeyboardInterrupt:
+    except BaseException as error:
         # a terminal interrupts the runs, too
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + (GRACE_SECONDS if isinstance(error, KeyboardInterrupt) else 0)
         for run in running:
             run.process.join(max(0.0, deadline - time.monotonic()))
             run.process.terminate()
-        console.print("interrupted; the same command goes on from here")
         raise
     return failures
 
@@ -221,19 +228,32 @@ def core_shares(parts: int) -> list[frozenset[int]]:
 def _note(job: Job, state: str) -> str:
     if state == "changed":
         return f": anew, its settings changed ({_difference(job)})"
+    if state == "unreadable":
+        return f": anew, the old run's settings cannot be read; it is kept as {_aside(job).name}"
     return ": goes on" if state == "unfinished" else ""
 
 
-def _start(job: Job, state: str, *, head: str, cores: frozenset[int]) -> _Running:
-    if state == "changed":
-        shutil.rmtree(job.folder)
+def _aside(job: Job) -> Path:
+    """Return where a run is moved that this version cannot read."""
+    names = (job.folder.with_name(f"{job.folder.name}.{number}") for number in itertools.count(1))
+    return next(path for path in names if not path.exists())
+
+
+def _start(job: Job, state: str, cores: frozenset[int]) -> BaseProcess:
+    if state in ("changed", "unreadable"):
+        with locked(RunFolder(job.folder)):
+            if state == "changed":
+                shutil.rmtree(job.folder)
+            else:
+                job.folder.rename(_aside(job))
     job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.unlink(missing_ok=True)
     # forked from a process that has imported everything once: imports take longer than a small run
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     process = context.Process(target=run_logged, args=(job.command(state), str(job.log), cores))
     process.start()
-    return _Running(head, job, process, cores, time.monotonic())
+    return process
 
 
 def _reason(run: _Running) -> str:
@@ -241,7 +261,9 @@ def _reason(run: _Running) -> str:
     code, log = run.process.exitcode, run.job.log
     if code == 0:
         return ""
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    # a run that was killed at once has not begun to write
+    printed = log.read_text(errors="replace") if log.is_file() else ""
+    said = [line for line in printed.splitlines() if line.startswith("error: ")]
     return said[-1].removeprefix("error: ") if said else f"ended with exit code {code}; see {log}"
 
 
@@ -281,12 +303,7 @@ def _absolute(config: Config) -> dict[str, Scalar]:
 
 def _difference(job: Job) -> str:
     """Say which setting of a finished or begun run differs first."""
-    from fedllm.runs.folder import load_config, open_run
-
-    try:
-        before = load_config(open_run(job.folder)).to_flat()
-    except RunError:
-        return "config.toml is of another version"
+    before = load_config(open_run(job.folder)).to_flat()
     now = job.config.to_flat()
     key = next((key for key in now if key != "run.dir" and before[key] != now[key]), "")
     return f"{key}: {before[key]!r}, now {now[key]!r}" if key else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -113,11 +114,28 @@ def launched(
     values: Mapping[str, Scalar], run_folder: Path, *, sites: int, parallel: int, offline: bool
 ) -> Iterator[Launch]:
     """Start a run and stop it however the block ends."""
-    launch = Launch(values, sites=sites, parallel=parallel, offline=offline)
+    with _signals_end_it():
+        launch = Launch(values, sites=sites, parallel=parallel, offline=offline)
+        try:
+            yield launch
+        finally:
+            launch.close(run_folder)
+
+
+@contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """Leave by an exception where a signal would end this process and let what it started train on."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    wanted = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in wanted}
     try:
-        yield launch
+        yield
     finally:
-        launch.close(run_folder)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _flwr() -> list[str]:

@@ -70,7 +70,10 @@ def _score(job: Job) -> float:
     from fedllm.runs.sites import site_summaries
 
     summaries = site_summaries(read_events(open_run(job.folder)))
-    return mean(summary.final["accuracy"] for summary in summaries) or 0.0
+    found = mean(summary.final["accuracy"] for summary in summaries)
+    if found is None:
+        raise RunError(f"{job.folder}: no site told its accuracy, so this run cannot be compared.")
+    return found
 
 
 def _say(scored: list[tuple[float, Job]], best: Job, costs: list[TuningCost], *, mean: float) -> None:

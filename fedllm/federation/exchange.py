@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from flwr.serverapp import Grid
 
 from fedllm.errors import FedllmError, WireError
 from fedllm.federation.records import Notes, Parts, text, unpack, wire_size
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +84,12 @@ def exchange(
     sizes = [wire_size(content) for _, content in contents]
     identifiers = list(grid.push_messages(messages))
     position: Mapping[str, int] = {identifier: index for index, identifier in enumerate(identifiers)}
-    found: dict[int, tuple[Message, float]] = {}
+    found: dict[int, tuple[Message | None, float]] = {}
     pause = 0.05
     while len(found) < len(contents):
         waiting = [name for name, index in position.items() if index not in found]
-        for message in grid.pull_messages(waiting):
-            index = position.get(message.metadata.reply_to_message_id)
+        for answered, message in _pulled(grid, waiting):
+            index = position.get(answered)
             if index is not None:
                 found[index] = (message, time.monotonic() - start)
         if len(found) == len(contents) or time.monotonic() - start > deadline:
@@ -99,7 +102,29 @@ def exchange(
     ]
 
 
-def _reply(peer: Peer, found: tuple[Message, float] | None, *, bytes_down: int, deadline: float) -> Reply:
+def _pulled(grid: Grid, waiting: Sequence[str]) -> list[tuple[str, Message | None]]:
+    """Return what has arrived: the message answered, and the reply or None where it cannot be read.
+
+    Flower unpacks what a site made up while it pulls, so that one bad reply would keep all others from
+    being read.
+    """
+    try:
+        return [(message.metadata.reply_to_message_id, message) for message in grid.pull_messages(waiting)]
+    except Exception as error:
+        log.warning("pulling replies one by one after %s", type(error).__name__)
+    found: list[tuple[str, Message | None]] = []
+    for name in waiting:
+        try:
+            found += [(m.metadata.reply_to_message_id, m) for m in grid.pull_messages([name])]
+        except Exception:
+            log.exception("a reply cannot be read")
+            found.append((name, None))
+    return found
+
+
+def _reply(
+    peer: Peer, found: tuple[Message | None, float] | None, *, bytes_down: int, deadline: float
+) -> Reply:
     notes: Notes = {}
     parts: Parts = {}
     reason, size, seconds = "", 0, deadline
@@ -107,7 +132,9 @@ def _reply(peer: Peer, found: tuple[Message, float] | None, *, bytes_down: int, 
         reason = f"no reply within {deadline:g} s"
     else:
         message, seconds = found
-        if message.has_error():
+        if message is None:
+            reason = "unreadable reply"
+        elif message.has_error():
             reason = f"the site's process failed (Flower error code {message.error.code})"
         else:
             size = wire_size(message.content)

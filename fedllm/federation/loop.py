@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -79,6 +81,8 @@ class Intake:
 
     def updates(self, replies: list[Reply]) -> Iterator[Update]:
         """Yield the valid updates; each reply becomes an event, and its payload is let go."""
+        # one site with other weights must not set everybody else's aside
+        self.run.weights = self.run.weights or common_weights(replies)
         replies.sort(key=lambda reply: reply.peer.name, reverse=True)
         while replies:
             reply = replies.pop()
@@ -136,19 +140,30 @@ class Intake:
         if text(reply.notes, "site") != peer.name:
             raise RunError(f"site {peer.name}: the reply carries another site's name.")
         weights = text(reply.notes, "weights", limit=64)
-        run.weights = run.weights or weights
         if weights != run.weights:
             raise RunError(
                 f"site {peer.name}: its base weights ({weights}) are not those of the others ({run.weights})."
             )
-        run.heads.note(run.tags[peer.name], text(reply.notes, "ledger", limit=64), simulated=run.simulated)
         weight = 1.0
         if run.config.strategy.weighting == "examples":
             examples = number(reply.notes, "examples")
             if not examples or examples < 1:
                 raise RunError(f"site {peer.name}: sent no number of examples.")
             weight = examples
-        return Update(site=peer.name, state=self.read(reply), weight=weight)
+        update = Update(site=peer.name, state=self.read(reply), weight=weight)
+        head = text(reply.notes, "ledger", limit=64)
+        run.heads.note(run.ledger_of(peer.name), head, simulated=run.simulated)
+        return update
+
+
+def common_weights(replies: Sequence[Reply]) -> str:
+    """Return the fingerprint of the base weights that most good replies name; on a tie the first by site."""
+    named = []
+    for reply in sorted(replies, key=lambda reply: reply.peer.name):
+        with suppress(WireError):
+            if not reply.reason:
+                named.append(text(reply.notes, "weights", limit=64))
+    return Counter(named).most_common(1)[0][0] if named else ""
 
 
 def drawn_sites(config: Config, names: Iterable[str], *, round: int) -> list[str]:
@@ -325,7 +340,7 @@ def _checkpoint(run: ServerRun, round: int) -> None:
 def _final_evaluation(run: ServerRun, grid: Grid) -> None:
     """Have every site compare the finished adapter with the untuned base."""
     peers: list[Peer] = [run.peers[name] for name in sorted(run.peers)]
-    last = run.config.federation.rounds + 1
+    last, done = run.config.federation.rounds + 1, 0
     contents = [(peer, pack(notes, parts)) for peer, notes, parts in run.messages(peers, last)]
     for reply in counted(run, grid, contents, stage="evaluation", kind="evaluate", round=last):
         try:
@@ -342,8 +357,14 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
                     majority_macro_f1=number(reply.notes, "majority_macro_f1"),
                     **{name: number(reply.notes, f"{prefix}{name}") for name in (*QUALITY, *INTERVAL)},
                 )
+            done += 1
         except FedllmError as error:
             append_event(run.folder, "warning", text=f"{reply.peer.name}: no final evaluation ({error})")
+    if done < run.quorum:
+        raise RunError(
+            f"the final evaluation: {done} of {len(peers)} sites answered, {run.quorum} are needed; all "
+            "rounds are finished and kept"
+        )
 
 
 def _export(run: ServerRun) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis, projections, require_same_basis
@@ -32,6 +34,10 @@ from fedllm.runs.tracking import Tracking
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed
 
 BASIS_FILE = "fedllm_basis.safetensors"
+#: What a spec says of a basis that is shipped and not made yet.
+SHIPPED = "shipped:"
+#: Seconds a node gets to say who it is, where the run waits less for sites to join.
+HELLO_SECONDS = 300.0
 
 
 @dataclass(kw_only=True)
@@ -47,7 +53,7 @@ class ServerRun:
     peers : dict[str, Peer]
         Sites that joined, by name.
     weights : str
-        Fingerprint of the base weights, learnt from the first accepted reply.
+        Fingerprint of the base weights, the one that most replies of the first round named.
     moments : dict[str, ndarray]
         What the server optimiser remembers.
     folded : Folded
@@ -57,7 +63,8 @@ class ServerRun:
     kept : dict[str, set[str]]
         Site -> digests of the payloads it has.
     tags : dict[str, str]
-        Site -> under what its privacy ledger is remembered.
+        Site -> what names its privacy ledger; remembered together with the site's name, so that no site
+        can speak for another's.
     clipping_norm : float
         The largest norm of a site's change in the next round, where whole sites are private.
     tracking : Tracking
@@ -92,6 +99,10 @@ class ServerRun:
         """Return what is known of the sites' privacy ledgers."""
         return LedgerHeads(self.folder.path)
 
+    def ledger_of(self, site: str) -> str:
+        """Return under what a site's privacy ledger is remembered."""
+        return f"{site}/{self.tags[site]}"
+
     @property
     def quorum(self) -> int:
         """Return the number of valid replies a round needs."""
@@ -120,7 +131,7 @@ class ServerRun:
         for peer in peers:
             notes, parts = sender.message(peer.name, peer.rank, plan)
             if self.config.privacy.enabled:
-                notes["ledger"] = self.heads.seen(self.tags[peer.name], simulated=self.simulated)
+                notes["ledger"] = self.heads.seen(self.ledger_of(peer.name), simulated=self.simulated)
             found.append((peer, self.notes(peer, round=round, **notes, **more), parts))
         return found
 
@@ -181,13 +192,16 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
 
     After the last round only the final evaluation and the export are left to do.
     """
-    started = [event for event in read_events(folder) if event["event"] == "run_started"]
     run = start_run(config, folder)
     checkpoint, warnings = latest_checkpoint(folder)
     for warning in warnings:
         append_event(folder, "warning", text=warning)
+    started = [event for event in read_events(folder) if event["event"] == "run_started"]
     if started:
         run.run_id = str(started[0]["run_id"])
+    if run.basis is not None and run.spec.basis == SHIPPED:
+        # the basis was made, and no round was finished with it
+        _take_basis(run, run.basis)
     if checkpoint is not None:
         run.state, run.spec = checkpoint.state, checkpoint.state.spec
         run.basis = _known_basis(run.spec, folder.checkpoints_dir)
@@ -197,8 +211,23 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
         run.weights = checkpoint.extra["weights"]
         run.clipping_norm = float(checkpoint.extra["clipping_norm"])
         run.next_round = checkpoint.round + 1
+    if not started:
+        announce(run)
     append_event(folder, "run_resumed", round=run.next_round)
     return run
+
+
+def announce(run: ServerRun) -> None:
+    """Write down that a run has begun, and under which id its sites keep what is theirs."""
+    append_event(
+        run.folder,
+        "run_started",
+        run_id=run.run_id,
+        sites=run.config.federation.sites,
+        rounds=run.config.federation.rounds,
+        config=run.config.changed(),
+        versions={name: version(name) for name in ("fedllm", "flwr", "torch", "transformers", "peft")},
+    )
 
 
 def _known_basis(spec: AdapterSpec, folder: Path) -> Basis | None:
@@ -207,6 +236,15 @@ def _known_basis(spec: AdapterSpec, folder: Path) -> Basis | None:
     if basis is None and path.is_file():
         basis = Basis.from_tensors(load_file(path))
     return basis
+
+
+def _take_basis(run: ServerRun, basis: Basis) -> None:
+    """Name a shipped basis in the run's spec, and start from the R that came with it."""
+    run.basis = basis
+    run.spec = AdapterSpec(**{**vars(run.spec), "basis": f"{SHIPPED}{basis.digest}"})
+    start = {f"{module}.R": core for module, core in basis.core.items()}
+    run.state = AdapterState(run.spec, {**run.state.tensors, **start})
+    run.folded = Folded(spec=run.spec)
 
 
 def save_pieces(run: ServerRun) -> str:
@@ -244,7 +282,8 @@ def gather_sites(run: ServerRun, grid: Grid) -> None:
         waited = time.monotonic() - start
         if len(run.peers) >= sites:
             return
-        nodes = len(run.peers) + len(run.refused)
+        # a refused node may have been asked for several simulated sites
+        nodes = len(run.peers) + len({node for node, _ in run.refused})
         if waited > run.config.federation.join_wait or nodes >= sites:
             if len(run.peers) >= run.quorum:
                 return
@@ -270,7 +309,8 @@ def greet(run: ServerRun, grid: Grid) -> None:
     )
     for reply in replies:
         _welcome(run, reply)
-    if replies and all(reply.notes.get("simulated") is True for reply in replies if not reply.reason):
+    good = [reply for reply in replies if not reply.reason]
+    if good and all(reply.notes.get("simulated") is True for reply in good):
         # a simulation may have fewer nodes than sites: nodes are only workers there
         rest = free[len(replies) :]
         more = [Peer(name=f"site {i}", node=new[i % len(new)], index=i) for i in rest]
@@ -281,7 +321,8 @@ def greet(run: ServerRun, grid: Grid) -> None:
 def _hello(run: ServerRun, grid: Grid, peers: list[Peer]) -> list[Reply]:
     spec = run.spec.to_json()
     contents = [(peer, pack(run.notes(peer, spec=spec))) for peer in peers]
-    return counted(run, grid, contents, stage="hello", kind="query.hello", round=0)
+    patience = max(run.config.federation.join_wait, HELLO_SECONDS)
+    return counted(run, grid, contents, stage="hello", kind="query.hello", round=0, patience=patience)
 
 
 def counted(
@@ -292,9 +333,16 @@ def counted(
     stage: str,
     kind: str,
     round: int,
+    patience: float = math.inf,
 ) -> list[Reply]:
-    """Exchange messages outside training, and record their bytes as events."""
-    deadline = run.config.federation.deadline
+    """Exchange messages outside training, and record their bytes as events.
+
+    Parameters
+    ----------
+    patience : float
+        Seconds to wait where the recipe's deadline is longer.
+    """
+    deadline = min(run.config.federation.deadline, patience)
     replies = exchange(grid, contents, kind=kind, group=str(round), deadline=deadline)
     for reply in replies:
         append_event(
@@ -311,13 +359,16 @@ def counted(
 
 def _welcome(run: ServerRun, reply: Reply) -> None:
     reason, name, rank = reply.reason, "", 0
+    simulated = reply.notes.get("simulated") is True
     try:
         name = text(reply.notes, "site", limit=80)
         if not reason:
             if not name:
                 reason = "the site sent no name"
-            elif name in run.peers and reply.notes.get("simulated") is not True:
+            elif name in run.peers:
                 reason = f"site {name}: another node joined under this name"
+            elif run.peers and simulated is not run.simulated:
+                reason = f"site {name}: simulated and real sites do not train together"
             else:
                 rank = whole(reply.notes, "rank", largest=run.spec.rank)
                 if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
@@ -334,7 +385,7 @@ def _welcome(run: ServerRun, reply: Reply) -> None:
         run.refused[reply.peer.node, reply.peer.index] = reason
         append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
         return
-    run.simulated = reply.notes.get("simulated") is True
+    run.simulated = simulated
     run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=rank)
     run.data[name] = text(reply.notes, "data", limit=64)
     run.tags[name] = text(reply.notes, "ledger_tag", limit=16)
@@ -360,19 +411,14 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
             asked = [(peer, pack(run.notes(peer)))]
             (reply,) = counted(run, grid, asked, stage="basis", kind="query.make_basis", round=0)
             if not reply.reason and BASIS in reply.parts:
-                run.basis = read_basis(reply.parts[BASIS], run.spec, with_core=with_core)
+                _take_basis(run, read_basis(reply.parts[BASIS], run.spec, with_core=with_core))
                 break
             append_event(run.folder, "warning", text=f"{name} made no basis: {reply.reason or 'no payload'}")
         if run.basis is None:
             raise RunError(f"no site could make the {run.config.adapter.basis} basis; see the warnings.")
-        run.spec = AdapterSpec(**{**vars(run.spec), "basis": f"shipped:{run.basis.digest}"})
-        start = {f"{module}.R": core for module, core in run.basis.core.items()}
-        run.state = AdapterState(run.spec, {**run.state.tensors, **start})
-        run.folded = Folded(spec=run.spec)
-        run.folder.checkpoints_dir.mkdir(parents=True, exist_ok=True)
-        save_file(run.basis.tensors, run.folder.checkpoints_dir / BASIS_FILE)
+        atomic_write(run.folder.checkpoints_dir / BASIS_FILE, save(run.basis.tensors))
     lacking = [peer for name, peer in sorted(run.peers.items()) if name not in run.holders]
-    if not lacking or not run.spec.basis.startswith("shipped:"):
+    if not lacking or not run.spec.basis.startswith(SHIPPED):
         return
     payload = save(run.basis.tensors)
     contents = [(peer, pack(run.notes(peer), {BASIS: payload})) for peer in lacking]

@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 
 from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
@@ -16,10 +15,10 @@ from threadpoolctl import threadpool_limits
 from fedllm.config import Config, Scalar
 from fedllm.errors import FedllmError, RunError
 from fedllm.federation.plan import check_recipe
-from fedllm.federation.run import ServerRun, require_unfinished, resume_run, start_run
+from fedllm.federation.run import ServerRun, announce, require_unfinished, resume_run, start_run
 from fedllm.runs.card import write_card
 from fedllm.runs.events import append_event
-from fedllm.runs.folder import RunFolder, create_run, load_config, open_run
+from fedllm.runs.folder import RunFolder, create_run, load_config, locked, open_run
 from fedllm.runs.manifest import write_manifest
 from fedllm.runs.metrics import write_metrics
 from fedllm.runs.report import write_report
@@ -49,30 +48,25 @@ def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:
 def _serve(asked: Config, grid: Grid) -> RunFolder:
     if asked.run.resume:
         folder = open_run(asked.run.resume)
-        require_unfinished(folder)
-        config = load_config(folder)
-    else:
-        folder = create_run(asked)
+        with locked(folder):
+            require_unfinished(folder)
+            return _work(load_config(folder), folder, grid, resume=True)
+    folder = create_run(asked)
+    with locked(folder):
         config = replace(asked, run=replace(asked.run, dir=str(folder.path)))
+        return _work(config, folder, grid, resume=False)
+
+
+def _work(config: Config, folder: RunFolder, grid: Grid, *, resume: bool) -> RunFolder:
     start = time.monotonic()
     run: ServerRun | None = None
     try:
         check_recipe(config)
-        if asked.run.resume:
+        if resume:
             run = resume_run(config, folder)
         else:
             run = start_run(config, folder)
-            append_event(
-                folder,
-                "run_started",
-                run_id=run.run_id,
-                sites=config.federation.sites,
-                rounds=config.federation.rounds,
-                config=config.changed(),
-                versions={
-                    name: version(name) for name in ("fedllm", "flwr", "torch", "transformers", "peft")
-                },
-            )
+            announce(run)
         run.tracking.open(config, run_id=run.run_id, next_round=run.next_round)
         strategies = importlib.import_module("strategies")
         strategy = strategies.make(run)

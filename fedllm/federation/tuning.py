@@ -70,6 +70,8 @@ def require_tunable(configs: Sequence[Config]) -> None:
                 "fedllm tune needs privacy.enabled=true and data.heldout_public=true: the score has to come "
                 "from public records."
             )
+        if not config.data.labelled:
+            raise ConfigError("fedllm tune chooses by accuracy, and data.task=generate has none.")
         flat, other = config.to_flat(), first.to_flat()
         costly = [
             k for k in flat if k in COSTLY or (k.startswith("privacy.") and k != "privacy.clipping_norm")

@@ -7,8 +7,11 @@ Layout: ``config.toml``, ``events.jsonl``, ``metrics.csv``, ``manifest.json``, `
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -143,6 +146,28 @@ def load_config(folder: RunFolder) -> Config:
         return Config.from_flat(values)
     except ConfigError as error:
         raise RunError(f"{folder.config_file}: {error}") from None
+
+
+@contextmanager
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Keep a run to this process; the lock ends with the process, however that ends.
+
+    Raises
+    ------
+    RunError
+        If another process works on the run, or the folder cannot be written.
+    """
+    path = folder.path / ".lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise write_error(path, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder.path}: another process works on this run; wait for it.") from None
+        yield
 
 
 def atomic_write(path: Path, data: bytes) -> None:

@@ -67,7 +67,7 @@ def write_manifest(
         "platform": {
             "system": platform.system(),
             "machine": platform.machine(),
-            "cpus": os.cpu_count() or 0,
+            "cpus": len(os.sched_getaffinity(0)),
         },
         "seeds": {"run.seed": config.run.seed},
         "config_sha256": config_digest(config),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,37 @@ def test_the_wrapper_runs_reports_failure_and_leaves_nothing_behind(
     )  # fmt: skip
     assert failed.returncode == 2, failed.stdout
     assert "privacy.delta=0.4 is too large" in failed.stderr
-    flower = str(fedllm_home / "flwr")
-    left = []
+    assert not left_running(fedllm_home)
+
+
+def left_running(home: Path) -> list[list[str]]:
+    """Return the commands of Flower's processes that a home's runs have started and that still run."""
+    found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("FLWR_HOME", "").startswith(flower):
-                left.append(process.cmdline())
+            if process.environ().get("FLWR_HOME", "").startswith(str(home / "flwr")):
+                found.append(process.cmdline())
         except (psutil.Error, OSError):
             continue
-    assert not left
+    return found
+
+
+def test_a_command_that_is_terminated_takes_what_it_started_with_it(
+    tmp_path: Path, fedllm_home: Path
+) -> None:
+    command = ["run", "demo/smoke", f"run.dir={tmp_path / 'run'}", "federation.rounds=500"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedllm.cli.app", *command],
+        env=os.environ | {"FEDLLM_HOME": str(fedllm_home), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("run/checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left_running(fedllm_home)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not left_running(fedllm_home)
 
 
 def test_flwr_run_does_the_same_without_the_wrapper(tmp_path: Path, fedllm_home: Path) -> None:

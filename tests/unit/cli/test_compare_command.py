@@ -118,6 +118,27 @@ def test_a_failing_cell_is_named_and_the_others_finish(tmp_path: Path, compare: 
     assert "Not finished: all, Fed-SB bad, seed 1." in page
 
 
+def test_a_run_that_cannot_be_read_or_begun_costs_the_others_nothing(
+    tmp_path: Path, compare: Compare
+) -> None:
+    file, folder = tmp_path / "two.toml", tmp_path / "out"
+    file.write_text(FILE.replace("[1, 2]", "[1]"))
+    (folder / "all").mkdir(parents=True)
+    # a file where the second run's folder has to be
+    (folder / "all" / "fed-sb-r-8").write_text("")
+    first = compare(file, "--dir", "out")
+    assert first.exit_code == 1, first.output
+    assert "[1/2] all, Fed-SB r=4, seed 1: done" in first.output
+    assert "failed: all, Fed-SB r=8, seed 1: " in first.output
+    assert (folder / "compare.md").is_file()
+    config = folder / "all" / "fed-sb-r-4" / "1" / "config.toml"
+    config.write_text("of another version")
+    again = compare(file, "--dir", "out", "--only", "Fed-SB r=4")
+    assert "settings cannot be read; it is kept as 1.1" in again.output
+    assert (config.parent.with_name("1.1") / "config.toml").read_text() == "of another version"
+    assert Config.from_toml(config).adapter.rank == 4
+
+
 def begin(folder: Path, jobs: int = 1) -> tuple[subprocess.Popen[str], Path, list[Path]]:
     """Start a comparison in its own session; return it, its file and its runs once those have checkpoints."""
     file = folder / "long.toml"

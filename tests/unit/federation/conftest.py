@@ -76,10 +76,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def federate(tmp_path: Path) -> Callable[..., RunFolder]:
     """Return a function that runs a federation and returns its folder."""
 
-    def run(tamper: Tamper | None = None, *, dir: str = "run", **settings: Any) -> RunFolder:
+    def run(
+        tamper: Tamper | None = None,
+        *,
+        dir: str = "run",
+        carrier: type[InProcessGrid] = InProcessGrid,
+        **settings: Any,
+    ) -> RunFolder:
         values = BASE | {"run.dir": str(tmp_path / dir)}
         values |= {key.replace("__", "."): value for key, value in settings.items()}
-        grid = InProcessGrid(TamperedApp(tamper), nodes=values["federation.sites"])  # type: ignore[arg-type]
+        grid = carrier(TamperedApp(tamper), nodes=values["federation.sites"])  # type: ignore[arg-type]
         return serve(Config.from_flat(values).to_flat(), grid)
 
     return run

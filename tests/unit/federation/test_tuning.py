@@ -29,6 +29,11 @@ def config(**changes: Any) -> Config:
     return Config.from_flat(VALUES | {key.replace("__", "."): value for key, value in changes.items()})
 
 
+def test_a_choice_by_accuracy_needs_labels() -> None:
+    with pytest.raises(ConfigError, match="data.task=generate has none"):
+        require_tunable([config(data__task="generate")])
+
+
 def test_the_number_of_runs_is_geometric_and_every_candidate_is_as_likely() -> None:
     drawn = [draw_runs(candidates=3, mean=4.0) for _ in range(4000)]
     counts = np.array([len(runs) for runs in drawn])

@@ -1,0 +1,199 @@
+"""Runs that are cut short, nodes that come late or claim what they are not, replies that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message
+from safetensors.numpy import load_file
+
+from fedllm.errors import RunError
+from fedllm.federation import server
+from fedllm.federation.inprocess import InProcessGrid
+from fedllm.federation.records import pack, unpack
+from fedllm.runs.folder import RunFolder, locked, open_run
+
+PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
+
+
+def kind(message: Message) -> str:
+    return message.metadata.message_type
+
+
+def changed(message: Message, reply: Message, **notes: Any) -> Message:
+    """Return a reply with other notes."""
+    found, parts = unpack(reply.content)
+    return Message(pack(dict(found) | notes, parts), reply_to=message)
+
+
+def site_of(reply: Message) -> str:
+    return str(unpack(reply.content)[0].get("site", ""))
+
+
+def adapter(folder: RunFolder) -> dict[str, np.ndarray]:
+    return load_file(folder.adapter_dir / "adapter_model.safetensors")
+
+
+def stop_in_round(number: int) -> Any:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "train" and message.metadata.group_id == str(number):
+            raise KeyboardInterrupt
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize("basis", ["public-svd", "gradient"])
+def test_a_run_goes_on_with_the_basis_it_had_before_its_first_checkpoint(
+    federate: Any, resume: Any, basis: str
+) -> None:
+    settings = {"adapter__basis": basis, "adapter__allow_private_basis": basis == "gradient"}
+    whole = federate(dir="whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop_in_round(1), **settings)
+    rest = resume(whole.path.with_name("run"))
+    one, other = adapter(whole), adapter(rest)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_that_was_stopped_before_it_began_keeps_one_name(
+    federate: Any, resume: Any, events: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(run: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "announce", never)
+        with pytest.raises(KeyboardInterrupt):
+            federate()
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path / "run", tamper=stop_in_round(2))
+    (named,) = events(open_run(tmp_path / "run"), "run_started")
+    folder = resume(tmp_path / "run")
+    assert events(folder, "run_started") == [named]
+    assert events(folder, "run_finished")
+
+
+def test_two_processes_never_work_on_one_run(federate: Any, resume: Any, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop_in_round(2))
+    folder = open_run(tmp_path / "run")
+    before = folder.events_file.read_bytes()
+    with locked(folder), pytest.raises(RunError, match="another process works on this run"):
+        resume(folder.path)
+    assert folder.events_file.read_bytes() == before
+    resume(folder.path)
+
+
+def test_one_site_with_other_weights_does_not_decide_for_all(federate: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "train" and message.metadata.group_id == "1" and site_of(reply) == "site-0":
+            return changed(message, reply, weights="f" * 16)
+        return reply
+
+    folder = federate(tamper)
+    refused = [event for event in events(folder, "site_reply") if not event["accepted"]]
+    assert [(event["round"], event["site"]) for event in refused] == [(1, "site-0")]
+    assert "its base weights (ffffffffffffffff)" in refused[0]["reason"]
+
+
+class LateGrid(InProcessGrid):
+    """The first node comes alone; the others a moment later."""
+
+    def __init__(self, app: Any, nodes: int) -> None:
+        super().__init__(app, nodes=nodes)
+        self.asked = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.asked += 1
+        return list(super().get_node_ids())[: 1 if self.asked == 1 else None]
+
+
+def test_a_refused_node_that_came_first_does_not_end_the_run(federate: Any, events: Any) -> None:
+    greeted: list[int] = []
+
+    def tamper(message: Message, reply: Message) -> Message:
+        if message.metadata.dst_node_id == 1:
+            greeted.append(1)
+            return changed(message, reply, error="over budget")
+        return reply
+
+    folder = federate(tamper, carrier=LateGrid, federation__quorum=2)
+    # it was asked once, and its seat went to those who came later
+    assert greeted == [1]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 3]
+
+
+def test_a_node_that_only_says_it_is_simulated_is_refused(federate: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello" and site_of(reply) == "site-2":
+            return changed(message, reply, simulated=False)
+        return reply
+
+    folder = federate(tamper)
+    (warning,) = events(folder, "warning")
+    assert "simulated and real sites do not train together" in warning["text"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [2, 2]
+
+
+def test_no_site_takes_anothers_name(federate: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello" and site_of(reply) == "site-2":
+            return changed(message, reply, site="site-0")
+        return reply
+
+    folder = federate(tamper)
+    (warning,) = events(folder, "warning")
+    assert "another node joined under this name" in warning["text"]
+
+
+def test_no_site_speaks_for_anothers_ledger(federate: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello":
+            return changed(message, reply, ledger_tag="the same")
+        return reply
+
+    folder = federate(tamper, **PRIVATE)
+    heads = json.loads((folder.path / "ledger_heads.json").read_text())
+    assert sorted(heads) == ["site-0/the same", "site-1/the same", "site-2/the same"]
+    assert len(set(heads.values())) == 3
+
+
+class PickyGrid(InProcessGrid):
+    """Pulling raises while one certain reply is among those asked for, as Flower's does on a bad one."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = list(message_ids)
+        for name in asked:
+            message = self._replies.get(name)
+            if message is not None and message.metadata.src_node_id == 2 and message.metadata.group_id == "2":
+                raise ValueError("cannot be inflated")
+        return super().pull_messages(asked)
+
+
+def test_a_reply_that_flower_cannot_read_is_set_aside(federate: Any, events: Any) -> None:
+    folder = federate(carrier=PickyGrid)
+    refused = [event for event in events(folder, "site_reply") if not event["accepted"]]
+    assert [(event["round"], event["reason"]) for event in refused] == [(2, "unreadable reply")]
+    assert events(folder, "run_finished")
+
+
+def test_a_run_is_not_finished_without_its_final_evaluation(
+    federate: Any, resume: Any, events: Any, tmp_path: Path
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "evaluate" and site_of(reply) != "site-1":
+            return Message(error=Error(code=0, reason="x"), reply_to=message)
+        return reply
+
+    with pytest.raises(RunError, match="1 of 3 sites answered, 2 are needed"):
+        federate(tamper)
+    folder = resume(tmp_path / "run")
+    assert events(folder, "run_finished")
+    assert {e["site"] for e in events(folder, "evaluated")} == {"site-0", "site-1", "site-2"}
