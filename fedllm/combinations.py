@@ -201,5 +201,10 @@ def _check_model_and_adapter(config: Config) -> None:
             )
         if adapter.method == "prompt":
             raise ConfigError("adapter.method=prompt is for causal models (model.kind=causal).")
+    if adapter.dropout and config.privacy.enabled:
+        raise ConfigError(
+            "adapter.dropout: its masks follow from run.seed, so that one record more changes what is "
+            "dropped for all others, which no epsilon covers; leave it at 0 in private runs."
+        )
     if adapter.dropout and adapter.method in ("ia3", "prompt"):
         raise ConfigError(f"adapter.dropout: adapter.method={adapter.method} has none.")

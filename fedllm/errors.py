@@ -31,7 +31,19 @@ class WireError(FedllmError):
 
 
 class PrivacyError(FedllmError):
-    """The private path cannot be proven active, or the plan is not private."""
+    """The private path cannot be proven active, or the plan is not private.
+
+    Parameters
+    ----------
+    message : str
+        For the site's own people.
+    public : str
+        What others are told instead, where the message has numbers that follow from the records.
+    """
+
+    def __init__(self, message: str, *, public: str = "") -> None:
+        super().__init__(message)
+        self.public = public
 
 
 class BudgetError(PrivacyError):

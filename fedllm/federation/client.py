@@ -147,6 +147,9 @@ def _keep_basis(site: Site, notes: Notes, parts: Parts) -> Answer:
 def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
     """Evaluate the received adapter, train, and send what the rule asks for."""
     config, round = site.config, whole(notes, "round")
+    if not 1 <= round <= config.federation.rounds:
+        # a later round would be one that no projection has counted
+        raise WireError(f"round {round} is not one of the recipe's {config.federation.rounds}.")
     session, tokens, plan, start, memory = _prepare(site, notes, parts, round)
     result: Notes = {"weights": session.weights}
     if notes["evaluate"] and site.metrics_may_leave:

@@ -14,7 +14,7 @@ from flwr.app import Context
 
 from fedllm.config import Config, site_ranks
 from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
-from fedllm.errors import BudgetError, DataError
+from fedllm.errors import BudgetError, DataError, PrivacyError
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.policy import SitePolicy, load_policy
 
@@ -212,11 +212,13 @@ def use_threads(config: Config) -> int:
 
 
 def public_reason(site: Site | None, error: Exception) -> str:
-    """Return an error's text for the server: folders of a real site's disk are cut off."""
+    """Return an error's text for the server: a real site's folders and numbers stay with it."""
     message = str(error)
     if site is not None and site.simulated:
         return message
     if isinstance(error, DataError):
         # counts and column names of a real site's file are its own business
         return "the site's records cannot be used as the recipe asks; its own log says why"
+    if isinstance(error, PrivacyError) and error.public:
+        return error.public
     return re.sub(r"(?<![\w.])/(?:[^\s/:,;()]+/)+", "", message)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedllm.config import Config
 from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError
-from fedllm.privacy.accounting import epsilon, selected_epsilon
+from fedllm.privacy.accounting import ADD_OR_REMOVE, epsilon, selected_epsilon
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import make_plan
 
@@ -69,6 +69,10 @@ def require_tunable(configs: Sequence[Config]) -> None:
             raise ConfigError(
                 "fedllm tune needs privacy.enabled=true and data.heldout_public=true: the score has to come "
                 "from public records."
+            )
+        if config.privacy.relation != ADD_OR_REMOVE or config.privacy.batch_cap:
+            raise ConfigError(
+                f"fedllm tune accounts for privacy.relation={ADD_OR_REMOVE} without privacy.batch_cap alone."
             )
         if not config.data.labelled:
             raise ConfigError("fedllm tune chooses by accuracy, and data.task=generate has none.")

@@ -215,7 +215,8 @@ def require_plain_head(base: PreTrainedModel) -> None:
 
 
 def _quantization(model: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig:
-    options: dict[str, Any] = {"load_in_8bit": True}
+    # outliers are found over a whole batch: one record's would change how the others are multiplied
+    options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     if model.quantization == "4bit":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     if model.kind == "encoder":

@@ -60,6 +60,11 @@ class Spend:
     cap: int = 0
     records: int = 0
 
+    def __post_init__(self) -> None:
+        # a negative number would take back what was spent
+        if self.steps < 0:
+            raise PrivacyError(f"a number of steps cannot be negative; got {self.steps}.")
+
 
 _Event = tuple[float, float, int, int]
 _Events = tuple[tuple[_Event, int], ...]
@@ -214,7 +219,8 @@ def require_delta(delta: float, *, records: int, site: str) -> None:
     if not delta < 1 / records:
         raise PrivacyError(
             f"site {site}: privacy.delta={delta:g} is too large for its number of records: it must be "
-            f"below 1/n. Use a smaller delta."
+            f"below 1/n. Use a smaller delta.",
+            public=f"site {site}: privacy.delta is too large for its number of records; use a smaller one.",
         )
 
 

@@ -142,10 +142,11 @@ def noised_mean(
         Deviation of the noise on the number of changes within S, for adaptive clipping; 0: not asked.
     """
     total: dict[str, Numbers] = {}
-    within = 0
+    within = 0.0
     for change in changes:
         clipped, inside = clipped_change(change, clipping_norm=clipping_norm)
-        within += inside
+        # one half is subtracted, so that a site moves the sum by one half at most, as theorem 1 has it
+        within += inside - 0.5
         for key, value in clipped.items():
             total[key] = total.get(key, 0.0) + value
     noised = {
@@ -154,7 +155,7 @@ def noised_mean(
     }
     counted = math.nan
     if count_multiplier:
-        counted = (within + count_multiplier * float(generator.normal((1,))[0])) / sites
+        counted = (within + count_multiplier * float(generator.normal((1,))[0])) / sites + 0.5
     return NoisedMean(change=noised, within=counted)
 
 

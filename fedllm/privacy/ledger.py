@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ class Ledger:
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
-        database = sqlite3.connect(self.path, isolation_level=None, timeout=30)
+        database = sqlite3.connect(self.path, isolation_level=None, timeout=300)
         try:
             database.execute("PRAGMA journal_mode=DELETE")
             database.execute("PRAGMA synchronous=EXTRA")
@@ -106,8 +106,21 @@ class Ledger:
         finally:
             database.close()
 
-    def book(self, entry: Entry) -> None:
+    def book(
+        self, entry: Entry, *, allowed: Callable[[Sequence[Entry]], None] | None = None
+    ) -> tuple[Entry, ...]:
         """Append an entry; on return it is on disk.
+
+        Parameters
+        ----------
+        allowed : callable, optional
+            Raises if the entry may not follow those there are. No other process books between its
+            answer and the entry, so that two of them cannot spend the same rest of a budget.
+
+        Returns
+        -------
+        tuple[Entry, ...]
+            What was booked before, oldest first.
 
         Raises
         ------
@@ -118,6 +131,9 @@ class Ledger:
             with self._connect() as database:
                 database.execute("BEGIN IMMEDIATE")
                 rows = self._verified(database)
+                before = self._read(rows)
+                if allowed is not None:
+                    allowed(before)
                 number, head = len(rows) + 1, rows[-1][1] if rows else GENESIS
                 body = json.dumps(asdict(entry), sort_keys=True)
                 database.execute(
@@ -126,16 +142,11 @@ class Ledger:
                 database.execute("COMMIT")
         except (OSError, sqlite3.Error) as error:
             raise PrivacyError(f"{self.path}: the spend could not be booked ({error}).") from None
+        return before
 
     def entries(self, *, dataset: str | None = None, data: str | None = None) -> tuple[Entry, ...]:
         """Return entries, oldest first: all, or those of a data set's name or of these very records."""
-        try:
-            entries = tuple(Entry(**json.loads(body)) for body, _ in self._rows())
-        except (TypeError, ValueError):
-            raise PrivacyError(
-                f"{self.path}: the privacy ledger was written by another version of fedllm; open it with "
-                "that one."
-            ) from None
+        entries = self._read(self._rows())
         if dataset is None and data is None:
             return entries
         return tuple(entry for entry in entries if entry.dataset == dataset or entry.data == data)
@@ -167,6 +178,15 @@ class Ledger:
                 return self._verified(database)
         except (OSError, sqlite3.Error) as error:
             raise PrivacyError(f"{self.path}: the privacy ledger cannot be read ({error}).") from None
+
+    def _read(self, rows: Iterable[tuple[str, str]]) -> tuple[Entry, ...]:
+        try:
+            return tuple(Entry(**json.loads(body)) for body, _ in rows)
+        except (TypeError, ValueError):
+            raise PrivacyError(
+                f"{self.path}: the privacy ledger was written by another version of fedllm; open it with "
+                "that one."
+            ) from None
 
     def _verified(self, database: sqlite3.Connection) -> list[tuple[str, str]]:
         rows: list[tuple[str, str]] = []

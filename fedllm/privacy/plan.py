@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -148,7 +148,8 @@ def make_plan(
     if batch >= units:
         raise PrivacyError(
             f"site {site}: a batch of {batch} records (train.batch_size x train.accumulation) is not "
-            "below its number of training records, so sampling cannot be private; use a smaller batch."
+            "below its number of training records, so sampling cannot be private; use a smaller batch.",
+            public=f"site {site}: the batch is too large for its number of records; use a smaller one.",
         )
     rate, steps = batch / units, train.local_steps
     cap = batch_cap(records=units, rate=rate, delta=privacy.delta) if privacy.batch_cap else 0
@@ -192,7 +193,8 @@ def basis_plan(config: Config, *, units: int, site: str) -> PrivacyPlan:
     expected = config.adapter.basis_records
     if expected >= units:
         raise PrivacyError(
-            f"site {site}: adapter.basis_records={expected} is not below its number of training records."
+            f"site {site}: adapter.basis_records={expected} is not below its number of training records.",
+            public=f"site {site}: adapter.basis_records is too large for its number of records.",
         )
     return PrivacyPlan(
         noise_multiplier=config.adapter.basis_noise,
@@ -228,19 +230,31 @@ def authorise(
         If the projection exceeds the policy's largest epsilon; nothing is booked then.
     """
     policy.require_noise(plan.noise_multiplier)
-    entries = ledger.entries(dataset=policy.dataset, data=data)
-    spent = [entry.spend for entry in entries]
-    planned = [*spent, plan.spend(rounds=plan.rounds - round + 1)]
-    limit, relation = policy.max_epsilon * (1 + 1e-6), plan.relation
-    if not within(planned, delta=policy.max_delta, limit=limit, relation=relation):
-        projected, held = (
-            epsilon(total, delta=policy.max_delta, relation=relation) for total in (planned, spent)
-        )
-        raise BudgetError(
-            f"site {policy.site}: budget exhausted. {held:.2f} of epsilon {policy.max_epsilon:g} is spent "
-            f"on this data set and the remaining rounds would bring it to {projected:.2f}."
-        )
-    ledger.book(
+    policy.require_delta(plan.units)
+    # round 0 makes a basis and is no round of the plan's
+    planned = plan.spend(rounds=max(1, plan.rounds - round + 1))
+
+    def ours(entries: Iterable[Entry]) -> list[Entry]:
+        return [entry for entry in entries if entry.dataset == policy.dataset or entry.data == data]
+
+    def require_room(entries: Sequence[Entry]) -> None:
+        held = ours(entries)
+        spent = [entry.spend for entry in held]
+        limit = policy.max_epsilon * (1 + 1e-6)
+        # what was promised under a stricter relation stays promised
+        for relation in {plan.relation, *(entry.relation for entry in held)}:
+            if not within([*spent, planned], delta=policy.max_delta, limit=limit, relation=relation):
+                projected, before = (
+                    epsilon(total, delta=policy.max_delta, relation=relation)
+                    for total in ([*spent, planned], spent)
+                )
+                raise BudgetError(
+                    f"site {policy.site}: budget exhausted. {before:.2f} of epsilon {policy.max_epsilon:g} "
+                    f"is spent on this data set and the remaining rounds would bring it to {projected:.2f}.",
+                    public=f"site {policy.site}: budget exhausted by what this run would spend.",
+                )
+
+    before = ledger.book(
         Entry(
             dataset=policy.dataset,
             data=data,
@@ -252,10 +266,11 @@ def authorise(
             steps=plan.local_steps,
             cap=plan.cap,
             records=plan.spend().records,
-            relation=relation,
+            relation=plan.relation,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             salt=new_salt(),
-        )
+        ),
+        allowed=require_room,
     )
-    own = [*(entry.spend for entry in entries if entry.run == run), plan.spend()]
-    return epsilon(own, delta=plan.delta, relation=relation)
+    own = [*(entry.spend for entry in ours(before) if entry.run == run), plan.spend()]
+    return epsilon(own, delta=plan.delta, relation=plan.relation)

@@ -103,7 +103,24 @@ class SitePolicy:
         if noise_multiplier < self.min_noise_multiplier:
             raise BudgetError(
                 f"site {self.site}: a noise multiplier of {noise_multiplier:.3f} is below its policy's "
-                f"least, {self.min_noise_multiplier:g}; use a smaller epsilon or fewer steps."
+                f"least, {self.min_noise_multiplier:g}; use a smaller epsilon or fewer steps.",
+                public=f"site {self.site}: less noise than its policy's least; use a smaller epsilon or "
+                "fewer steps.",
+            )
+
+    def require_delta(self, units: int) -> None:
+        """Refuse a budget at a delta that would let one record be published outright.
+
+        Raises
+        ------
+        BudgetError
+            If ``max_delta >= 1 / units``.
+        """
+        if not self.max_delta < 1 / units:
+            raise BudgetError(
+                f"site {self.site}: its policy's max_delta={self.max_delta:g} must be below one over its "
+                f"{units} records.",
+                public=f"site {self.site}: its policy's max_delta does not fit its records.",
             )
 
 

@@ -112,3 +112,10 @@ def test_every_recipe_that_ships_is_valid() -> None:
     for path in recipes:
         Config.from_toml(path)
         assert path.read_text(encoding="utf-8").startswith("# "), path
+
+
+def test_dropout_and_private_training_contradict_each_other() -> None:
+    values = {"privacy.enabled": True, "privacy.epsilon": 8.0, "adapter.method": "lora"}
+    Config.from_flat(values)
+    with pytest.raises(ConfigError, match="adapter.dropout: its masks follow from run.seed"):
+        Config.from_flat(values | {"adapter.dropout": 0.1})

@@ -16,6 +16,7 @@ from fedllm.errors import RunError
 from fedllm.federation import server
 from fedllm.federation.inprocess import InProcessGrid
 from fedllm.federation.records import pack, unpack
+from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder, locked, open_run
 
 PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
@@ -197,3 +198,28 @@ def test_a_run_is_not_finished_without_its_final_evaluation(
     folder = resume(tmp_path / "run")
     assert events(folder, "run_finished")
     assert {e["site"] for e in events(folder, "evaluated")} == {"site-0", "site-1", "site-2"}
+
+
+class EagerGrid(InProcessGrid):
+    """A server that asks for a round which no projection has counted."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = []
+        for message in messages:
+            notes, parts = unpack(message.content)
+            if kind(message) == "train" and message.metadata.group_id == "2":
+                message = Message(
+                    pack(dict(notes) | {"round": 3}, parts),
+                    dst_node_id=message.metadata.dst_node_id,
+                    message_type="train",
+                    group_id="2",
+                )
+            asked.append(message)
+        return super().push_messages(asked)
+
+
+def test_a_round_beyond_the_recipes_is_refused_and_books_nothing(federate: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="round 3 is not one of the recipe's 2"):
+        federate(carrier=EagerGrid, **PRIVATE)
+    ledger = Ledger(tmp_path / "run" / "sites" / "site-0" / "ledger.sqlite")
+    assert [entry.round for entry in ledger.entries()] == [1]

@@ -18,13 +18,15 @@ from threadpoolctl import threadpool_info
 
 from fedllm.adapters.export import save_peft_adapter
 from fedllm.config import Config
-from fedllm.errors import BudgetError, FedllmError, MismatchError, RunError
+from fedllm.errors import BudgetError, FedllmError, MismatchError, PrivacyError, RunError
 from fedllm.federation import client as client_module
 from fedllm.federation.records import pack, unpack, wire_size
 from fedllm.federation.run import start_run
 from fedllm.federation.site import identify, public_reason
 from fedllm.models.load import load_base
+from fedllm.privacy.accounting import require_delta
 from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.policy import SitePolicy
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.folder import create_run, open_run
 
@@ -423,6 +425,12 @@ def test_a_real_site_needs_a_policy_and_reads_only_its_own_files(
 def test_reasons_for_the_server_carry_no_folders() -> None:
     error = FedllmError("/home/clinic/data/own.csv: no column 'note' (data.text); it has a/b.")
     assert public_reason(None, error) == "own.csv: no column 'note' (data.text); it has a/b."
+    with pytest.raises(PrivacyError) as caught:
+        require_delta(1e-3, records=1234, site="north")
+    assert public_reason(None, caught.value).startswith("site north: privacy.delta is too large")
+    with pytest.raises(PrivacyError) as caught:
+        SitePolicy(site="north").require_noise(0.2345)
+    assert "0.2" not in public_reason(None, caught.value)
 
 
 SITES = {

@@ -29,6 +29,15 @@ def config(**changes: Any) -> Config:
     return Config.from_flat(VALUES | {key.replace("__", "."): value for key, value in changes.items()})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"privacy__relation": "replace-one"}, {"privacy__relation": "zero-out-one", "privacy__batch_cap": True}],
+)
+def test_a_choice_is_accounted_under_one_relation(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="privacy.relation=add-or-remove-one without privacy.batch_cap"):
+        require_tunable([config(**changes)])
+
+
 def test_a_choice_by_accuracy_needs_labels() -> None:
     with pytest.raises(ConfigError, match="data.task=generate has none"):
         require_tunable([config(data__task="generate")])

@@ -187,3 +187,14 @@ def test_damaged_embedded_folder_says_how_to_make_it_again(tiny, folder, tmp_pat
     (embedded / "model.safetensors").write_bytes(b"\0" * size)
     with pytest.raises(ModelError, match="fedllm models pull tiny-llama"):
         load_base(at(embedded))
+
+
+def test_8_bit_layers_do_not_mix_the_records_of_a_batch(tiny):
+    base = load_base(replace(tiny, quantization="8bit", dtype="float32"))
+    calm, loud = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 9, 9, 9]])
+    with torch.no_grad():
+        # an outlier of one record must not change how the other is multiplied
+        base.get_input_embeddings().weight[9] *= 1000
+        alone = base(input_ids=calm).logits[0]
+        beside = base(input_ids=torch.cat([calm, loud])).logits[0]
+    assert torch.allclose(alone, beside, atol=1e-5)

@@ -168,3 +168,27 @@ def test_the_views_are_what_the_sums_show(quorum: int) -> None:
     assert np.std(total) == pytest.approx(found.outsiders, rel=bound)
     assert np.std(total - shares[-1]) == pytest.approx(found.sites, rel=bound)
     assert np.std(shares[0]) == pytest.approx(found.coordinator, rel=bound)
+
+
+def test_one_site_moves_the_count_for_adaptive_clipping_by_one_half_at_most() -> None:
+    # theorem 1 of arXiv 1905.03871, which the noise on the count relies on, needs exactly this
+
+    class Silent(SecureGenerator):
+        def normal(self, shape: tuple[int, ...]) -> np.ndarray:
+            return np.zeros(shape)
+
+    def within(changes: list[dict[str, np.ndarray]]) -> float:
+        return noised_mean(
+            changes,
+            clipping_norm=1.0,
+            noise_multiplier=1.0,
+            sites=4,
+            generator=Silent(),
+            count_multiplier=1.0,
+        ).within
+
+    inside, outside = {"a": np.full(2, 0.1)}, {"a": np.full(2, 9.0)}
+    others = [inside, outside, inside]
+    for site in (inside, outside):
+        assert abs(within([*others, site]) - within(others)) * 4 == pytest.approx(0.5)
+    assert within([*others, inside]) == pytest.approx(0.75)

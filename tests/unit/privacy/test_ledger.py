@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from fedllm.config import Config
 from fedllm.errors import BudgetError, ConfigError, PrivacyError
+from fedllm.privacy.accounting import Spend, epsilon
 from fedllm.privacy.ledger import GENESIS, Entry, Ledger
 from fedllm.privacy.plan import PrivacyPlan, authorise, make_plan
 from fedllm.privacy.policy import SitePolicy, load_policy
@@ -119,6 +121,72 @@ def test_budget_is_projected_booked_and_enforced_over_runs(tmp_path: Path) -> No
     with pytest.raises(BudgetError, match=r"site x: budget exhausted. 3.00 of epsilon 3 is spent"):
         authorise(plan, policy=policy, ledger=ledger, run="b", round=1, data="f")
     assert len(ledger.entries()) == 4
+
+
+@pytest.mark.parametrize("round", [5, 6, 50])
+def test_a_round_after_the_last_is_projected_as_one(tmp_path: Path, round: int) -> None:
+    plan = plan_of(private(privacy__epsilon=3.0))
+    policy = SitePolicy(site="x", max_epsilon=3.0, min_noise_multiplier=0.1)
+    ledger = Ledger(tmp_path / "l.sqlite")
+    for done in (1, 2, 3, 4):
+        authorise(plan, policy=policy, ledger=ledger, run="a", round=done, data="f")
+    with pytest.raises(BudgetError, match="budget exhausted"):
+        authorise(plan, policy=policy, ledger=ledger, run="a", round=round, data="f")
+    assert len(ledger.entries()) == 4
+
+
+def test_what_was_spent_is_never_taken_back() -> None:
+    with pytest.raises(PrivacyError, match="cannot be negative"):
+        Spend(noise_multiplier=1.0, sample_rate=0.1, steps=-1)
+
+
+def test_two_messages_at_once_do_not_spend_the_same_rest(tmp_path: Path) -> None:
+    policy = SitePolicy(site="x", max_epsilon=3.0, min_noise_multiplier=0.1)
+    plan = plan_of(private(privacy__epsilon=3.0, federation__rounds=1))
+    path = tmp_path / "l.sqlite"
+    ready, outcomes = threading.Barrier(4), []
+
+    def ask(run: str) -> None:
+        ready.wait()
+        try:
+            authorise(plan, policy=policy, ledger=Ledger(path), run=run, round=1, data="f")
+            outcomes.append("booked")
+        except BudgetError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["booked", "refused", "refused", "refused"]
+    assert len(Ledger(path).entries()) == 1
+
+
+def test_a_stricter_promise_stays_when_a_later_run_names_a_weaker_relation(tmp_path: Path) -> None:
+    policy = SitePolicy(site="x", max_epsilon=6.0, min_noise_multiplier=0.1)
+    ledger = Ledger(tmp_path / "l.sqlite")
+    strict = plan_of(
+        private(privacy__noise_multiplier=0.8, privacy__relation="replace-one", federation__rounds=1)
+    )
+    weaker = plan_of(private(privacy__noise_multiplier=0.8, federation__rounds=1))
+    while True:
+        spends = [entry.spend for entry in ledger.entries()] + [strict.spend()]
+        if epsilon(spends, delta=1e-5, relation="replace-one") > 6.0:
+            break
+        authorise(strict, policy=policy, ledger=ledger, run="a", round=1, data="f")
+    # by the weaker relation alone there would be room
+    assert epsilon(spends, delta=1e-5) < 6.0
+    with pytest.raises(BudgetError, match="budget exhausted"):
+        authorise(weaker, policy=policy, ledger=ledger, run="b", round=1, data="f")
+
+
+def test_a_budget_is_not_kept_at_a_delta_that_publishes_a_record(tmp_path: Path) -> None:
+    policy = SitePolicy(site="x", max_delta=1e-3, min_noise_multiplier=0.1)
+    plan = plan_of(private(privacy__epsilon=3.0))
+    with pytest.raises(BudgetError, match="must be below one over its 2000 records") as caught:
+        authorise(plan, policy=policy, ledger=Ledger(tmp_path / "l"), run="a", round=1, data="f")
+    assert "2000" not in caught.value.public
 
 
 def test_a_run_that_cannot_finish_is_refused_at_its_start(tmp_path: Path) -> None:
