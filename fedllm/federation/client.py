@@ -150,6 +150,11 @@ def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
     if not 1 <= round <= config.federation.rounds:
         # a later round would be one that no projection has counted
         raise WireError(f"round {round} is not one of the recipe's {config.federation.rounds}.")
+    noise = 0.0
+    if config.site_privacy.at_sites:
+        # after a crash the coordinator may ask for more noise, and never for less than the recipe's
+        noise = max(number(notes, SITE_NOISE) or 0.0, round_multiplier(config, (), 1))
+    site.policy.require_site_noise(noise / math.sqrt(config.federation.needed))
     session, tokens, plan, start, memory = _prepare(site, notes, parts, round)
     result: Notes = {"weights": session.weights}
     if notes["evaluate"] and site.metrics_may_leave:
@@ -186,8 +191,6 @@ def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
         result["examples"] = len(tokens.train)
     state = trained.state
     if config.site_privacy.at_sites:
-        # after a crash the coordinator may ask for more noise, and never for less than the recipe's
-        noise = max(number(notes, SITE_NOISE) or 0.0, round_multiplier(config, (), 1))
         state = hidden_update(config, plan, start.shared, state, noise_multiplier=noise)
     return result, finish(config, plan, start, state, round=round, memory=memory)
 

@@ -34,6 +34,10 @@ class SitePolicy:
         Largest total spend on this data set over all runs, at ``max_delta``.
     min_noise_multiplier : float
         Least noise a run may use.
+    min_site_noise : float
+        Least noise multiplier of this site's own share of the noise that hides whole sites, z over the
+        square root of the quorum: what the coordinator faces. Above 0 runs without
+        ``site_privacy.noise_at=sites`` are refused.
     state_dir : str
         Folder of ledger and cache; relative to the policy file.
     dataset : str
@@ -59,6 +63,7 @@ class SitePolicy:
     max_epsilon: float = 8.0
     max_delta: float = 1e-5
     min_noise_multiplier: float = 0.3
+    min_site_noise: float = 0.0
     state_dir: str = "state"
     dataset: str = "records"
     heldout_path: str = ""
@@ -90,6 +95,26 @@ class SitePolicy:
             raise BudgetError(
                 f"site {self.site}: privacy.epsilon={privacy.epsilon:g} exceeds its policy's "
                 f"{self.max_epsilon:g}."
+            )
+
+    def require_site_noise(self, share: float) -> None:
+        """Refuse a smaller share of the noise on whole sites than the policy's least.
+
+        Parameters
+        ----------
+        share : float
+            Noise multiplier of this site's share alone; 0 where the site adds none.
+
+        Raises
+        ------
+        BudgetError
+            Naming both numbers.
+        """
+        if share < self.min_site_noise:
+            raise BudgetError(
+                f"site {self.site}: its policy wants a share of noise of {self.min_site_noise:g} at least on "
+                f"its whole change, and this run comes to {share:.3g} (site_privacy.noise_at=sites, "
+                "noise multiplier over the square root of the quorum)."
             )
 
     def require_noise(self, noise_multiplier: float) -> None:

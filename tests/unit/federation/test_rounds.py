@@ -422,6 +422,13 @@ def test_a_real_site_needs_a_policy_and_reads_only_its_own_files(
         identify(context(policy=str(policy)), config.replace(privacy__epsilon=5.0), 0)
 
 
+def test_a_policy_insists_on_its_share_of_noise() -> None:
+    policy = SitePolicy(site="north", min_site_noise=1.5)
+    policy.require_site_noise(1.5)
+    with pytest.raises(BudgetError, match="a share of noise of 1.5 at least .* comes to 0 "):
+        policy.require_site_noise(0.0)
+
+
 def test_reasons_for_the_server_carry_no_folders() -> None:
     error = FedllmError("/home/clinic/data/own.csv: no column 'note' (data.text); it has a/b.")
     assert public_reason(None, error) == "own.csv: no column 'note' (data.text); it has a/b."
