@@ -167,6 +167,8 @@ def locked(folder: RunFolder) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{folder.path}: another process works on this run; wait for it.") from None
+        except OSError as error:
+            raise write_error(path, error) from None
         yield
 
 
