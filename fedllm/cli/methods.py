@@ -34,7 +34,10 @@ def compare_bytes(
     overrides: Overrides = None,
     against: Annotated[
         list[str] | None,
-        typer.Option(help="key=value of the method to compare with, such as adapter.method=lora; repeat it."),
+        typer.Option(
+            help="key=value of the method to compare with, repeatable: --against adapter.method=lora "
+            "--against strategy.name=fedit"
+        ),
     ] = None,
 ) -> None:
     """Bytes of a recipe's adapter against another one's, and the round from which it has sent less."""

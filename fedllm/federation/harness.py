@@ -117,7 +117,7 @@ def evaluate_with_harness(
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{PREFIX} tasks need the package lm-eval (no '{error.name}' here): "
-            "pip install 'fedllm[lm-eval]'."
+            "pip install 'lm-eval>=0.4.13,<0.5'."
         ) from None
     tasks = TaskManager()
     _require_known(names, tasks.all_tasks)

@@ -242,7 +242,8 @@ def _hub_message(name: str) -> str:
     return (
         f"model.name: '{name}' is not an embedded model ({', '.join(EMBEDDED)}) and could not be loaded "
         f"from the Hugging Face hub (no network, no such name, no access, or no safetensors).{hint} "
-        "Without a network set model.path to a folder with config.json, weights and tokenizer."
+        "Without a network set model.path (at a real site: model_path in its policy) to a folder with "
+        "config.json, weights and tokenizer."
     )
 
 
