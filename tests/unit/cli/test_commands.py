@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from fedllm.cli.app import app
 
 ROOT = Path(__file__).parents[3]
 
@@ -143,3 +146,8 @@ def test_models_ls_and_an_unknown_pull() -> None:
     done = fedllm("models", "pull", "nothing")
     assert done.returncode == 2
     assert "nothing" in done.stderr
+
+
+def test_help_explains_arguments() -> None:
+    shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "120"})
+    assert "Settings to change, as key=value" in shown.output
