@@ -15,7 +15,7 @@ from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import site_limits
 from fedllm.runs.manifest import read_manifest
 from fedllm.runs.measures import Metric, judged_by
-from fedllm.runs.metrics import metrics_withheld
+from fedllm.runs.metrics import as_told, metrics_withheld
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.sites import site_summaries
 from fedllm.runs.whole_sites import whole_sites_spent
@@ -127,7 +127,8 @@ def write_card(folder: RunFolder) -> Path:
     RunError
         If settings, events or manifest cannot be read, or the card cannot be written.
     """
-    config, events, manifest = load_config(folder), read_events(folder), read_manifest(folder)
+    events, manifest = read_events(folder), read_manifest(folder)
+    config = as_told(load_config(folder), events)
     assert manifest is not None, "a finished run has a manifest"
     sites = site_summaries(events)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)

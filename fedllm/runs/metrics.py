@@ -80,6 +80,19 @@ def metrics_withheld(config: Config) -> bool:
     return config.private_replies and not config.data.heldout_public
 
 
+def as_told(config: Config, events: Iterable[Event]) -> Config:
+    """Return a run's settings with what its sites made of ``data.heldout_public``.
+
+    Real sites decide by their own policies (``heldout_path``), whatever the recipe says: where metrics of
+    a private run came, the records they were measured on are public ones.
+    """
+    if not metrics_withheld(config):
+        return config
+    seen = (event for event in events if event["event"] in ("site_reply", "evaluated"))
+    came = any(event.get(name) is not None for event in seen for name in QUALITY)
+    return config.replace(data__heldout_public=True) if came else config
+
+
 def measured(config: Config) -> tuple[str, ...]:
     """Return which of `QUALITY` a run's sites measure."""
     if config.data.labelled:
@@ -121,12 +134,13 @@ def write_metrics(folder: RunFolder) -> Path:
     RunError
         If settings or events cannot be read, or the table cannot be written.
     """
-    config = load_config(folder)
+    events = read_events(folder)
+    config = as_told(load_config(folder), events)
     withheld = measured(config) if metrics_withheld(config) else ()
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for metrics in round_metrics(read_events(folder)):
+    for metrics in round_metrics(events):
         for row in (*metrics.sites, metrics.federation):
             writer.writerow(_cells(row, withheld if row.accepted else ()))
     atomic_write(folder.metrics_file, text.getvalue().encode("utf-8", "replace"))

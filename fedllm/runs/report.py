@@ -16,7 +16,7 @@ from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import Limit, site_limits
 from fedllm.runs.manifest import read_manifest
 from fedllm.runs.measures import judged_by
-from fedllm.runs.metrics import WITHHELD, RoundMetrics, metrics_withheld, round_metrics
+from fedllm.runs.metrics import WITHHELD, RoundMetrics, as_told, metrics_withheld, round_metrics
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.sites import SiteSummary, site_summaries, total
 from fedllm.runs.style import STYLE
@@ -79,6 +79,7 @@ def render_report(
     started = last(events, "run_started")
     joined = last(events, "site_joined")
     rounds, sites = round_metrics(events), site_summaries(events)
+    config = as_told(config, events)
     withheld = metrics_withheld(config)
     absent = WITHHELD if withheld else UNKNOWN
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)

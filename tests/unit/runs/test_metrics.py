@@ -5,6 +5,7 @@ import csv
 from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.metrics import COLUMNS, round_metrics, site_gap, worst_site, write_metrics
+from fedllm.runs.report import write_report
 
 
 def rows(folder: RunFolder) -> list[dict[str, str]]:
@@ -91,6 +92,19 @@ def test_withheld_is_said_in_private_runs_only(make_run, reply) -> None:
         assert site["loss"] == site["accuracy"] == site["macro_f1"] == expected
         assert federation["loss"] == expected
         assert aside["loss"] == ""
+
+
+def test_metrics_that_real_sites_sent_were_not_withheld(make_run, reply) -> None:
+    folder = make_run(privacy__enabled=True, privacy__epsilon=8.0)
+    reply(folder, 1, "a", loss=None, accuracy=None, macro_f1=None)
+    assert rows(folder)[0]["accuracy"] == "withheld"
+    # this site's policy names public records to evaluate on
+    reply(folder, 1, "b", accuracy=0.75)
+    a, b, federation = rows(folder)
+    assert (a["accuracy"], b["accuracy"], federation["accuracy"]) == ("", "0.75", "0.75")
+    page = write_report(folder).read_text()
+    assert "declares public" in page
+    assert "their results stay at the sites" not in page
 
 
 def test_no_text_of_another_party_becomes_a_formula(make_run, reply) -> None:
