@@ -35,6 +35,10 @@ def show(
 
     curves: dict[str, list[float]] = {}
     for book in open_books(path):
+        if not book.datasets():
+            policy = book.policy
+            limit = f"epsilon {policy.max_epsilon:g} at delta {policy.max_delta:g}"
+            console.print(f"{policy.site}: nothing spent of {limit}", markup=False)
         for dataset in book.datasets():
             console.print(_spending(book, dataset))
             if picture is not None:

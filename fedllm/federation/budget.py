@@ -103,7 +103,9 @@ def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
     """
     if policy is not None:
         site = real_site(policy, config)
-        return [_planned(site.config, site.policy, site.data(), site.ledger())]
+        # a plan writes nothing: the ledger belongs to whom the SuperNode runs as
+        ledger = site.ledger() if site.has_ledger else None
+        return [_planned(site.config, site.policy, site.data(), ledger)]
     return [
         _planned(config, simulated_policy(data.name, config), data, None)
         for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed)

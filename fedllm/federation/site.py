@@ -66,8 +66,13 @@ class Site:
         )
 
     def ledger(self) -> Ledger:
-        """Open the site's privacy ledger."""
+        """Open the site's privacy ledger; a new one is made where there is none."""
         return Ledger(self.folder / "ledger.sqlite")
+
+    @property
+    def has_ledger(self) -> bool:
+        """Return whether the site has a privacy ledger already."""
+        return (self.folder / "ledger.sqlite").is_file()
 
     @property
     def ledger_tag(self) -> str:

@@ -105,6 +105,11 @@ def test_budget_of_a_real_site(tmp_path: Path) -> None:
     assert planned.exit_code == 0, planned.output
     assert "north" in said(planned)
     assert "2 of 2 planned" in said(planned)
+    # a plan leaves nothing that another user than the SuperNode's would own
+    assert not (tmp_path / "state").exists()
+    Ledger(tmp_path / "state" / "ledger.sqlite")
+    shown = invoke("budget", "show", str(tmp_path / "site.toml"))
+    assert "north: nothing spent of epsilon 4 at delta 0.0001" in said(shown)
     over = invoke("budget", "plan", *[word.replace("epsilon=4", "epsilon=5") for word in words])
     assert "exceeds its policy's 4" in str(over.exception)
 
