@@ -191,6 +191,9 @@ def run_all(jobs: Sequence[Job], states: Mapping[str, str], *, at_once: int = 1)
                         console.print(f"{head}: failed", soft_wrap=True, markup=False)
                     else:
                         running.append(_Running(head, job, process, free.pop(), time.monotonic()))
+                if not running:
+                    # the last of them could not begin, and waiting for nothing would never end
+                    break
                 status.update(escape("\n".join(run.head for run in running)))
                 connection.wait([run.process.sentinel for run in running])
                 for run in [run for run in running if run.process.exitcode is not None]:
