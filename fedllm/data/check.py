@@ -18,6 +18,7 @@ from fedllm.data.sources import column_roles, default_instruction
 
 _MEASURED = 2000
 _FEW = 10
+REFUSED = "a run refuses the file (a private one at a real site goes without them)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ def _truncated(
 def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[str]:
     found = []
     if report.empty:
-        found.append(f"{report.empty} records lack a value; a run refuses the file until they are gone.")
+        found.append(f"{report.empty} records lack a value; {REFUSED}.")
     if report.duplicates:
         found.append(f"{report.duplicates} records repeat an earlier one and will be dropped.")
     if data.task == "classify":
@@ -242,7 +243,7 @@ def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[s
 
 def _choice_warnings(report: FileReport, choices: ChoiceReport) -> list[str]:
     found = [
-        f"{count} records have {reason} (the first: record {first}); a run refuses the file."
+        f"{count} records have {reason} (the first: record {first}); {REFUSED}."
         for reason, (count, first) in choices.faults.items()
     ]
     if report.conflicting:
@@ -266,5 +267,5 @@ def _label_warnings(report: FileReport, data: DataSettings) -> list[str]:
     listed = {label.strip() for label in data.labels.split("|") if label.strip()}
     foreign = sum(count for label, count in report.labels.items() if label not in listed)
     if listed and foreign:
-        found.append(f"{foreign} records have a label outside data.labels; a run refuses the file.")
+        found.append(f"{foreign} records have a label outside data.labels; {REFUSED}.")
     return found

@@ -189,7 +189,15 @@ class ClassEncoder:
         self._max_length = max_length
 
     def encode(self, example: Example) -> Encoded:
-        """Return a record's tokens; its answer is the row of its label."""
+        """Return a record's tokens; its answer is the row of its label.
+
+        Raises
+        ------
+        DataError
+            If the head has no row for its label.
+        """
+        if example.label not in self._rows:
+            raise DataError("a label is not in data.labels.")
         texts = (example.text, example.pair) if example.pair else (example.text,)
         found = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         cut = len(found.input_ids) == self._max_length < len(self._tokenizer(*texts).input_ids)

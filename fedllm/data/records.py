@@ -19,6 +19,8 @@ class Example:
         The answer that ``label`` is preferred to (``data.rejected``); empty without preferences.
     options : tuple[str, ...]
         What the record lets choose from (``data.options``), the label being a letter; else empty.
+    usable : bool
+        False for a record of a private site that counts but cannot train, such as one without a label.
     """
 
     text: str
@@ -27,6 +29,7 @@ class Example:
     pair: str = ""
     rejected: str = ""
     options: tuple[str, ...] = ()
+    usable: bool = True
 
 
 def normalised(text: str) -> str:

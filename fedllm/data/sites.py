@@ -47,6 +47,8 @@ class SiteData:
         The privacy units: positions in ``train`` of the records each owns.
     fingerprint : str
         Sha256 over the sorted training records, as hex.
+    lenient : bool
+        Whether a record that cannot be used stays without training, where otherwise it is refused.
     """
 
     name: str
@@ -56,6 +58,7 @@ class SiteData:
     instruction: str
     units: tuple[tuple[int, ...], ...]
     fingerprint: str
+    lenient: bool = False
 
 
 def site_names(data: DataSettings, *, sites: int) -> tuple[str, ...]:
@@ -122,7 +125,14 @@ def simulated_sites(data: DataSettings, *, sites: int, seed: int, fold: str = "t
 
 
 def site_from_file(
-    data: DataSettings, *, path: str, name: str, seed: int, fold: str = "test", heldout_path: str = ""
+    data: DataSettings,
+    *,
+    path: str,
+    name: str,
+    seed: int,
+    fold: str = "test",
+    heldout_path: str = "",
+    lenient: bool = False,
 ) -> SiteData:
     """Return a real site's records: all of its own file.
 
@@ -133,6 +143,9 @@ def site_from_file(
     ----------
     heldout_path : str
         A file of public records to evaluate on; the site's own then all train.
+    lenient : bool
+        Keep records that cannot be used, see :func:`fedllm.data.sources.load_records`; and let all
+        train: no held-out scores would leave, and how many train must not depend on the server's settings.
 
     Raises
     ------
@@ -142,7 +155,8 @@ def site_from_file(
     own = dataclasses.replace(
         data, source="file", path=path, site="", partition="iid", min_per_label=0, max_per_label=0
     )
-    records = load_records(own)
+    own = dataclasses.replace(own, heldout=0.0 if lenient else own.heldout)
+    records = load_records(own, lenient=lenient)
     if heldout_path:
         public = load_records(dataclasses.replace(own, path=heldout_path, unit=""))
         train, heldout = _examples(records), _examples(public)
@@ -150,7 +164,8 @@ def site_from_file(
     else:
         train, heldout = split(_examples(records), by_unit=bool(own.unit), share=own.heldout, seed=seed)
     labels = label_names(own, records)
-    return _site_data(own, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
+    found = _site_data(own, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
+    return dataclasses.replace(found, lenient=lenient)
 
 
 def split(
@@ -259,7 +274,9 @@ def _examples(records: datasets.Dataset) -> list[Example]:
     none = [""] * records.num_rows
     optional = (columns.get(role, none) for role in ("unit", "pair", "rejected"))
     options = map(tuple, columns.get("options", [()] * records.num_rows))
-    return [Example(*row) for row in zip(columns["text"], columns["label"], *optional, options, strict=True)]
+    usable = columns.get("usable", [True] * records.num_rows)
+    rows = zip(columns["text"], columns["label"], *optional, options, usable, strict=True)
+    return [Example(*row) for row in rows]
 
 
 def _group(example: Example, *, by_unit: bool) -> str:

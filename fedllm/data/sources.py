@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,20 +24,29 @@ Columns = dict[str, list[Any]]
 _INSTRUCTIONS = {"icd10": "Name the ICD-10-CM chapter.", "mcc": "Name the merchant category."}
 _SHOWN_ROWS = 3
 
+log = logging.getLogger("fedllm.site")
 
-def load_records(data: DataSettings) -> datasets.Dataset:
+
+def load_records(data: DataSettings, *, lenient: bool = False) -> datasets.Dataset:
     """Load the records of a recipe.
 
     ``data.labels`` restricts the labels, ``data.min_per_label`` drops rare ones, then
     ``data.max_per_label`` keeps the records with the smallest hashes of their texts, whatever
     their order. A file is read again after it changed.
 
+    Parameters
+    ----------
+    lenient : bool
+        Keep records with an empty cell, a foreign label or options that cannot be asked, marked as not
+        ``usable``, where otherwise they are refused: a refusal, or a number of records that depends on
+        the labels asked for, would tell the coordinator of a private run about them.
+
     Returns
     -------
     datasets.Dataset
         String columns ``text`` and ``label``; ``pair``, ``rejected``, ``site`` and ``unit`` where the
         settings name them; ``options``, lists of strings, where a record has its own, and then the label
-        is the letter of the right one.
+        is the letter of the right one; ``usable``, true or false, if asked to be lenient.
 
     Raises
     ------
@@ -45,7 +55,7 @@ def load_records(data: DataSettings) -> datasets.Dataset:
     ConfigError
         If the settings name a column or label that a shipped terminology does not have.
     """
-    return _load(data, file_stamp(data))
+    return _load(data, file_stamp(data), lenient)
 
 
 def file_stamp(data: DataSettings) -> tuple[int, int]:
@@ -89,7 +99,7 @@ def column_roles(data: DataSettings) -> dict[str, str]:
 
 
 @lru_cache(maxsize=4)
-def _load(data: DataSettings, stamp: tuple[int, int]) -> datasets.Dataset:
+def _load(data: DataSettings, stamp: tuple[int, int], lenient: bool) -> datasets.Dataset:
     if data.source in _INSTRUCTIONS:
         where, columns = f"data.source={data.source}", _terminology(data)
     elif data.source == "file":
@@ -108,6 +118,14 @@ def _load(data: DataSettings, stamp: tuple[int, int]) -> datasets.Dataset:
     for role in ("label", "rejected", "site", "unit"):
         if role in columns:
             columns[role] = [value.strip() for value in columns[role]]
+    if lenient:
+        columns["usable"] = usable = _usable(where, data, columns)
+        if data.task == "choose":
+            asked = zip(columns["options"], columns["label"], usable, strict=True)
+            columns["label"] = [
+                letter_of(options, label, data.answers) if fit else "" for options, label, fit in asked
+            ]
+        return datasets.Dataset.from_dict(columns)
     for role, name in column_roles(data).items():
         _require_filled(where, role, name, columns[role])
     if data.task == "choose":
@@ -162,6 +180,27 @@ def _hub(data: DataSettings) -> Columns:
         listed = as_options(f"data set {data.name}", options, found)
         columns["options"] = [list(own) for own in listed]
     return columns
+
+
+def _usable(where: str, data: DataSettings, columns: Columns) -> list[bool]:
+    """Return which records can be used, whatever the others are like; the site's log has their number."""
+    listed = set(_listed_labels(data))
+    filled = [all(map(str.strip, row)) for row in zip(*(columns[r] for r in column_roles(data)), strict=True)]
+    if data.task == "choose":
+        asked = zip(columns["options"], columns["label"], strict=True)
+        right = [not fault(options, label, data.answers) for options, label in asked]
+    else:
+        right = [not listed or label in listed for label in columns["label"]]
+    usable = [one and other for one, other in zip(filled, right, strict=True)]
+    if not all(usable):
+        log.warning(
+            "%s: %d of %d records do not train: an empty cell, a label that is not in data.labels, or "
+            "options that cannot be asked.",
+            where,
+            usable.count(False),
+            len(usable),
+        )
+    return usable
 
 
 def _lettered(where: str, data: DataSettings, columns: Columns) -> list[str]:

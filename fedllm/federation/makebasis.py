@@ -69,11 +69,11 @@ def _units(site: Site, config: Config, run: str) -> tuple[list[list[Encoded]], P
     if config.adapter.basis == "gradient":
         site.policy.require(config.privacy)
         return [[record] for record in tokens.train[:count]], None
-    plan = basis_plan(config, units=len(data.units), site=site.name)
+    plan = basis_plan(config, units=len(tokens.units), site=site.name)
     ledger = site.ledger()
     authorise(plan, policy=site.policy, ledger=ledger, run=run, round=0, data=data.fingerprint)
-    drawn = plan.draw(SecureGenerator())
-    return [[tokens.train[position] for position in data.units[unit]] for unit in drawn], plan
+    units = tokens.units_of_records
+    return [units[unit] for unit in plan.draw(SecureGenerator()) if units[unit]], plan
 
 
 def read_basis(payload: bytes, spec: AdapterSpec, *, with_core: bool) -> Basis:

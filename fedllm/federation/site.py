@@ -63,6 +63,7 @@ class Site:
             name=self.name,
             seed=self.config.run.seed,
             fold=self.config.evaluation.fold,
+            lenient=self.config.privacy.enabled,
         )
 
     def ledger(self) -> Ledger:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -16,12 +17,15 @@ from fedllm.adapters.state import AdapterSpec, matrix_name
 from fedllm.adapters.vectors import prefix_of
 from fedllm.config import Config, ModelSettings
 from fedllm.data.encode import ClassEncoder, Encoded, PromptEncoder
+from fedllm.data.records import Example
 from fedllm.data.sites import SiteData
 from fedllm.errors import DataError
 from fedllm.models.fingerprint import weights_fingerprint
 from fedllm.models.load import load_base, load_tokenizer, require_plain_head
 from fedllm.privacy.engines import ENGINES
 from fedllm.privacy.per_example import Recorder
+
+log = logging.getLogger("fedllm.site")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,8 @@ class SiteTokens:
     Attributes
     ----------
     units : tuple[tuple[int, ...], ...]
-        The privacy units: positions in ``train`` of the records each owns.
+        The privacy units: positions in ``train`` of the records each owns; none where a private site
+        cannot use them.
     label_tokens : tuple
         Tokens of every label or letter, each with the token that ends an answer; empty for free text.
     """
@@ -173,26 +178,49 @@ def tokenise(site: SiteData, config: Config) -> SiteTokens:
     Raises
     ------
     DataError
-        If an answer alone is longer than ``train.max_length``.
+        If an answer alone is longer than ``train.max_length``, or an encoder's head has no row for a
+        label; where the site is ``lenient``, such a record does not train and its unit stays.
     """
     label_tokens: tuple[tuple[int, ...], ...] = ()
     encoder: ClassEncoder | PromptEncoder
     if config.model.kind == "encoder":
-        foreign = sum(example.label not in site.labels for example in (*site.train, *site.heldout))
-        if foreign:
-            raise DataError(f"site {site.name}: {foreign} records have a label that is not in data.labels.")
         tokenizer = load_tokenizer(config.model)
         encoder = ClassEncoder(tokenizer, labels=site.labels, max_length=config.train.max_length)
     else:
         encoder = _encoder((config.model, site.instruction, config.data.prompt, config.train.max_length))
         label_tokens = tuple(encoder.answer_ids(label) for label in site.labels)
+    train, heldout = (_encoded(encoder, examples, site) for examples in (site.train, site.heldout))
+    places = {position: place for place, position in enumerate(train)}
     return SiteTokens(
         name=site.name,
-        train=tuple(encoder.encode(example) for example in site.train),
-        units=site.units,
-        heldout=tuple(encoder.encode(example) for example in site.heldout),
-        train_labels=tuple(example.label for example in site.train),
-        heldout_labels=tuple(example.label for example in site.heldout),
+        train=tuple(train.values()),
+        units=tuple(tuple(places[one] for one in unit if one in places) for unit in site.units),
+        heldout=tuple(heldout.values()),
+        train_labels=tuple(site.train[position].label for position in train),
+        heldout_labels=tuple(site.heldout[position].label for position in heldout),
         labels=site.labels,
         label_tokens=label_tokens,
     )
+
+
+def _encoded(
+    encoder: ClassEncoder | PromptEncoder, examples: Sequence[Example], site: SiteData
+) -> dict[int, Encoded]:
+    """Return position -> tokens of the records that can be used; others are refused, or do not train."""
+    found: dict[int, Encoded] = {}
+    reasons: list[str] = []
+    usable = ((position, example) for position, example in enumerate(examples) if example.usable)
+    for position, example in usable:
+        try:
+            found[position] = encoder.encode(example)
+        except DataError as error:
+            reasons.append(str(error))
+    if reasons:
+        verdict = "do not train" if site.lenient else "cannot be used"
+        told = (
+            f"site {site.name}: {len(reasons)} of {len(examples)} records {verdict}; the first: {reasons[0]}"
+        )
+        if not site.lenient:
+            raise DataError(told)
+        log.warning(told)
+    return found

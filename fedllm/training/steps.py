@@ -160,7 +160,8 @@ def private_release(
     """
     sums = plan.zeros(shapes)
     drawn = [_some(units[unit], most=micro_batch, generator=generator) for unit in plan.draw(generator)]
-    for chunk in unit_batches(drawn, micro_batch):
+    # a unit none of whose records can be used is drawn and counted like any other, and contributes zero
+    for chunk in unit_batches([unit for unit in drawn if unit], micro_batch):
         gradients = gradients_of([record for unit in chunk for record in unit])
         sizes = torch.tensor([len(unit) for unit in chunk])
         if int(sizes.sum()) > len(chunk):

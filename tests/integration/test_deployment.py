@@ -19,6 +19,8 @@ def write_site(folder: Path, name: str, *, rows: int = 150, max_epsilon: float =
     """Write a site's records, its public held-out file and its policy."""
     lines = ["note,code"]
     lines += [f"{name} visit {i} with {WORDS[i % 8]},{'AB'[i % 2]}{i % 4}" for i in range(rows)]
+    # a private site goes without such records and does not say that it has them
+    lines += [f"{name} visit without a code,", f"{name} visit of a code that no recipe lists,C9"]
     (folder / f"{name}.csv").write_text("\n".join(lines), encoding="utf-8")
     public = ["note,code", *[f"public visit {i} with {WORDS[i % 8]},{'AB'[i % 2]}{i % 4}" for i in range(8)]]
     (folder / "public.csv").write_text("\n".join(public), encoding="utf-8")

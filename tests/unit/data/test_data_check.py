@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fedllm.config import DataSettings
-from fedllm.data.check import check_file
+from fedllm.data.check import REFUSED, check_file
 from fedllm.errors import DataError
 
 ROWS = [
@@ -35,7 +35,7 @@ def test_a_report_counts_what_is_wrong(path: Path, tokenizer: PreTrainedTokenize
     assert report.sites == {"north": 2, "south": 3}
     assert report.units == (4, 2)
     assert report.warnings == (
-        "1 records lack a value; a run refuses the file until they are gone.",
+        f"1 records lack a value; {REFUSED}.",
         "1 records repeat an earlier one and will be dropped.",
         "1 texts occur with more than one label.",
         "2 of 2 labels have fewer than 10 records.",
@@ -54,7 +54,7 @@ def test_a_clean_file_has_no_warnings(tmp_path: Path) -> None:
     made.write_text("text,label\n" + "".join(f"text {i},{'xy'[i % 2]}\n" for i in range(40)))
     assert check_file(made, DataSettings(source="file")).warnings == ()
     listed = check_file(made, DataSettings(source="file", labels="x"))
-    assert listed.warnings == ("20 records have a label outside data.labels; a run refuses the file.",)
+    assert listed.warnings == (f"20 records have a label outside data.labels; {REFUSED}.",)
 
 
 def test_pairs_of_answers_are_counted_and_not_shown(
@@ -80,7 +80,7 @@ def test_pairs_of_answers_are_counted_and_not_shown(
     assert report.labels == {}
     assert report.truncated == 0.0
     assert report.warnings == (
-        "1 records lack a value; a run refuses the file until they are gone.",
+        f"1 records lack a value; {REFUSED}.",
         "1 records repeat an earlier one and will be dropped.",
         "1 pairs have two equal answers and teach nothing.",
         "3 pairs are preferred both ways round.",

@@ -297,3 +297,19 @@ def test_an_extreme_mix_is_refused_with_advice(tmp_path: Path) -> None:
     data = replace(FILE, path=str(path), partition="dirichlet", dirichlet_alpha=1e-3)
     with pytest.raises(DataError, match=r"data.dirichlet_alpha=0.001 leaves a site of 4 without"):
         simulated_site(data, sites=4, seed=1, index=0)
+
+
+def test_a_lenient_site_counts_every_record_whatever_the_recipe_asks_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*many(20), Example("a secret", "", ""), Example(" ", "x", ""), Example("text 99", "z", "")]
+    path = write(tmp_path, rows)
+    for labels, heldout, usable in (("", 0.9, 21), ("x|y", 0.2, 14), ("none such", 0.0, 0)):
+        data = replace(FILE, labels=labels, heldout=heldout)
+        site = site_from_file(data, path=path, name="north", seed=1, lenient=True)
+        assert (len(site.train), len(site.units), len(site.heldout)) == (23, 23, 0)
+        assert sum(example.usable for example in site.train) == usable
+        assert f"{23 - usable} of 23 records do not train" in caplog.text
+    assert "secret" not in caplog.text
+    with pytest.raises(DataError, match="1 of 23 records have an empty"):
+        site_from_file(FILE, path=path, name="north", seed=1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fedllm.config import Config, DataSettings
-from fedllm.data.check import check_file
+from fedllm.data.check import REFUSED, check_file
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.options import fault, letter_of, letters, listed, record_options
 from fedllm.data.records import Example
@@ -244,9 +244,9 @@ def test_a_check_counts_what_is_wrong(tmp_path: Path, tokenizer: PreTrainedToken
     assert (report.choices.fewest, report.choices.most, report.choices.repeated) == (2, 4, 1)
     assert report.warnings == (
         "1 records repeat an earlier one and will be dropped.",
-        "1 records have fewer than two options (the first: record 7); a run refuses the file.",
+        f"1 records have fewer than two options (the first: record 7); {REFUSED}.",
         "2 records have an answer that is not the index of one of its options (the first: record 8); "
-        "a run refuses the file.",
+        f"{REFUSED}.",
         "1 texts with the same options have more than one right one.",
         "1 records have two options of the same text.",
         "17% of texts lose their end at train.max_length=128.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedllm.adapters.state import AdapterState
 from fedllm.config import Config
 from fedllm.data.encode import Encoded
 from fedllm.data.sites import simulated_site
-from fedllm.errors import PrivacyError
+from fedllm.errors import DataError, PrivacyError
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training import round as round_module
@@ -419,3 +420,45 @@ def test_fedhyper_follows_its_formula(paper: bool, expected: dict[float, float])
                 weight.add_(0.1)
             rate.update()
         assert rate.factor == pytest.approx(factor, rel=1e-5)
+
+
+def test_records_that_cannot_be_used_stay_units_and_contribute_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, session, _, _ = make(privacy__enabled=True, privacy__noise_multiplier=1.0)
+    data = simulated_site(config.data, sites=2, seed=config.run.seed, index=0)
+    short, odd, long = data.train[0], data.train[1], data.train[2]
+    records = (short, replace(odd, usable=False), replace(long, label="secret " * 200))
+    site = replace(data, train=records, units=((0,), (1, 2), (2,)), heldout=records[2:])
+    with pytest.raises(
+        DataError, match="1 of 3 records cannot be used; the first: .* train.max_length=160"
+    ) as told:
+        tokenise(site, config)
+    assert "secret" not in str(told.value)
+    tokens = tokenise(replace(site, lenient=True), config)
+    assert tokens.units == ((0,), (), ())
+    assert (len(tokens.train), tokens.train_labels, tokens.heldout) == (1, (short.label,), ())
+    assert "1 of 3 records do not train" in caplog.text
+    assert "secret" not in caplog.text
+
+    def released(units: list[list[Encoded]]) -> dict[str, Tensor]:
+        plan = PrivacyPlan(
+            noise_multiplier=0.0,
+            clipping_norm=0.1,
+            units=3,
+            sample_rate=1.0,
+            expected_batch=3.0,
+            local_steps=1,
+            rounds=1,
+            delta=1e-5,
+            relation="add-or-remove-one",
+        )
+        gradients = partial(steps.record_gradients, session, session.parameters)
+        shapes = {key: value.shape for key, value in session.parameters.items()}
+        return steps.private_release(
+            shapes, units, gradients_of=gradients, plan=plan, generator=SecureGenerator(), micro_batch=4
+        )
+
+    alone, none = released(tokens.units_of_records), released([[], [], []])
+    assert any(value.any() for value in alone.values())
+    assert not any(value.any() for value in none.values())
