@@ -26,8 +26,6 @@ def require_together(config: Config) -> None:
         _require_one_budget("privacy", privacy)
         if not 0 < privacy.delta < 1:
             raise ConfigError(f"privacy.delta: must lie between 0 and 1, got {privacy.delta}.")
-        if privacy.clipping_norm <= 0:
-            raise ConfigError("privacy.clipping_norm: a private run needs a positive clipping norm.")
         if privacy.batch_cap and privacy.relation != "zero-out-one":
             raise ConfigError(
                 "privacy.batch_cap: capped batches are accounted under privacy.relation=zero-out-one alone."
@@ -129,10 +127,8 @@ def _check_site_privacy(config: Config) -> None:
     if not sites.enabled:
         return
     _require_one_budget("site_privacy", sites)
-    if not (0 < sites.delta < 1 and sites.clipping_norm > 0 and sites.quantile < 1):
-        raise ConfigError(
-            "site_privacy: delta and quantile must lie below 1, delta and clipping_norm above 0."
-        )
+    if not (0 < sites.delta < 1 and sites.quantile < 1):
+        raise ConfigError("site_privacy: delta and quantile must lie below 1, delta above 0.")
     if config.strategy.weighting == "examples":
         raise ConfigError("strategy.weighting=examples: site_privacy needs equal weights; use uniform.")
     if config.federation.mode != "federated":

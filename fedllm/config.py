@@ -266,7 +266,9 @@ class PrivacySettings:
     enabled: bool = setting(False, "train with DP-SGD")
     epsilon: float = setting(0.0, "budget over all rounds; give this or noise_multiplier", minimum=0)
     delta: float = setting(1e-5, "must be below 1/n at every site", minimum=0, maximum=1)
-    clipping_norm: float = setting(1.0, "largest norm of one record's (or unit's) gradient", minimum=0)
+    clipping_norm: float = setting(
+        1.0, "largest norm of one record's (or unit's) gradient", minimum=1e-9, maximum=1e9
+    )
     noise_multiplier: float = setting(0.0, "noise deviation over clipping norm", minimum=0)
     relation: str = setting(
         "add-or-remove-one",
@@ -297,7 +299,9 @@ class SitePrivacySettings:
     epsilon: float = setting(0.0, "budget over all rounds; give this or noise_multiplier", minimum=0)
     delta: float = setting(1e-5, "for whole sites", minimum=0, maximum=1)
     noise_multiplier: float = setting(0.0, "noise deviation over clipping norm", minimum=0)
-    clipping_norm: float = setting(1.0, "largest norm of a site's change in a round", minimum=0)
+    clipping_norm: float = setting(
+        1.0, "largest norm of a site's change in a round", minimum=1e-9, maximum=1e9
+    )
     quantile: float = setting(
         0.0, "adapt the clipping norm to this quantile of the changes' norms; 0: fixed", minimum=0, maximum=1
     )
@@ -525,7 +529,7 @@ def _coerce(key: str, value: Scalar, known: dataclasses.Field[Scalar]) -> Scalar
         raise ConfigError(f"{key}: '{value}' is not one of {', '.join(choices)}.{hint}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         low, high = known.metadata["minimum"], known.metadata["maximum"]
-        if not low <= value <= high:
+        if not low <= value <= high or math.isinf(value):
             allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise ConfigError(f"{key}: must be {allowed}, got {value}.")
     return value

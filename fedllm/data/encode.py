@@ -25,7 +25,7 @@ class Encoded:
     prompt : tuple[int, ...]
         Everything up to where the answer begins.
     answer : tuple[int, ...]
-        The answer and the token that ends it.
+        The answer and the token that ends it; empty for an encoder.
     truncated : bool
         Whether the record's text lost its end.
     segments : tuple[int, ...]
@@ -34,6 +34,8 @@ class Encoded:
         The answer that ``answer`` is preferred to, with its end; empty without preferences.
     options : int
         How many of the first labels the record lets choose from; 0: all of them.
+    row : int
+        The row of an encoder's head that stands for the record's label.
     """
 
     prompt: tuple[int, ...]
@@ -42,11 +44,25 @@ class Encoded:
     segments: tuple[int, ...] = ()
     rejected: tuple[int, ...] = ()
     options: int = 0
+    row: int = 0
 
     @property
     def length(self) -> int:
         """Return the tokens of the record's longest row."""
         return len(self.prompt) + max(len(self.answer), len(self.rejected))
+
+
+#: No site's record: what is tried before private ones are, for any kind of model and objective.
+PUBLIC = Encoded((0, 0), (0,), truncated=False, rejected=(0,))
+
+
+def padded_length(length: int, multiple: int) -> int:
+    """Return the length rounded up.
+
+    >>> padded_length(9, 8), padded_length(9, 1)
+    (16, 9)
+    """
+    return -(-length // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -202,9 +218,8 @@ class ClassEncoder:
         found = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
         cut = len(found.input_ids) == self._max_length < len(self._tokenizer(*texts).input_ids)
         segments = found.get("token_type_ids", ())
-        return Encoded(
-            tuple(found.input_ids), (self._rows[example.label],), truncated=cut, segments=tuple(segments)
-        )
+        row = self._rows[example.label]
+        return Encoded(tuple(found.input_ids), (), truncated=cut, segments=tuple(segments), row=row)
 
 
 @dataclass(frozen=True)
@@ -223,9 +238,9 @@ class ClassBatch:
     rows: Tensor
 
 
-def collate_classes(batch: Sequence[Encoded], pad_id: int) -> ClassBatch:
-    """Pad an encoder's records to one length, on the right."""
-    width = max(len(record.prompt) for record in batch)
+def collate_classes(batch: Sequence[Encoded], pad_id: int, *, multiple: int = 1) -> ClassBatch:
+    """Pad an encoder's records to one length, a multiple of ``multiple``, on the right."""
+    width = padded_length(max(len(record.prompt) for record in batch), multiple)
 
     def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)
@@ -236,18 +251,18 @@ def collate_classes(batch: Sequence[Encoded], pad_id: int) -> ClassBatch:
     }
     if batch[0].segments:
         inputs["token_type_ids"] = padded([record.segments for record in batch], 0)
-    return ClassBatch(inputs, torch.tensor([record.answer[0] for record in batch]))
+    return ClassBatch(inputs, torch.tensor([record.row for record in batch]))
 
 
-def collate(batch: Sequence[Encoded], pad_id: int) -> Batch:
-    """Pad records to one length, on the right.
+def collate(batch: Sequence[Encoded], pad_id: int, *, multiple: int = 1) -> Batch:
+    """Pad records to one length, a multiple of ``multiple``, on the right.
 
     Returns
     -------
     Batch
-        B = ``len(batch)``, T = the longest record's tokens.
+        B = ``len(batch)``, T = the longest record's tokens, rounded up.
     """
-    width = max(len(record.prompt) + len(record.answer) for record in batch)
+    width = padded_length(max(len(record.prompt) + len(record.answer) for record in batch), multiple)
     input_ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
     answer_mask = torch.zeros((len(batch), width), dtype=torch.bool)

@@ -144,8 +144,8 @@ def site_from_file(
     heldout_path : str
         A file of public records to evaluate on; the site's own then all train.
     lenient : bool
-        Keep records that cannot be used, see :func:`fedllm.data.sources.load_records`; and let all
-        train: no held-out scores would leave, and how many train must not depend on the server's settings.
+        Count every row of the file, whatever the server's settings: none is held out or dropped for
+        being like another, and those that cannot be used, or are among the public ones, do not train.
 
     Raises
     ------
@@ -164,8 +164,9 @@ def site_from_file(
     else:
         train, heldout = split(_examples(records), by_unit=bool(own.unit), share=own.heldout, seed=seed)
     labels = label_names(own, records)
-    found = _site_data(own, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
-    return dataclasses.replace(found, lenient=lenient)
+    return _site_data(
+        own, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold, lenient=lenient
+    )
 
 
 def split(
@@ -194,10 +195,17 @@ def _site_data(
     labels: tuple[str, ...],
     seed: int,
     fold: str,
+    lenient: bool = False,
 ) -> SiteData:
     # The side that yields must not tell of the other: public metrics must not depend on private
     # records, and training on private records not on further private ones.
-    if data.heldout_public:
+    if lenient:
+        public = {normalised(example.text) for example in heldout}
+        train = [
+            dataclasses.replace(one, usable=one.usable and normalised(one.text) not in public)
+            for one in train
+        ]
+    elif data.heldout_public:
         train = _without(train, heldout)
     else:
         heldout = _without(heldout, train)
@@ -208,7 +216,7 @@ def _site_data(
         for example in heldout
         if (_fraction("fold", seed, _group(example, by_unit=by_unit)) < 0.5) == first_half
     ]
-    kept = _distinct(train, seed=seed, by_unit=by_unit)
+    kept = _shuffled(train, seed=seed) if lenient else _distinct(train, seed=seed, by_unit=by_unit)
     if len(kept) < 2:
         raise DataError(
             f"site {name}: fewer than 2 different training records are left after the held-out ones were "
@@ -223,6 +231,7 @@ def _site_data(
         instruction=default_instruction(data),
         units=_owned(kept) if by_unit else tuple((position,) for position in range(len(kept))),
         fingerprint=hashlib.sha256("\n".join(rows).encode()).hexdigest(),
+        lenient=lenient,
     )
 
 
@@ -280,7 +289,8 @@ def _examples(records: datasets.Dataset) -> list[Example]:
 
 
 def _group(example: Example, *, by_unit: bool) -> str:
-    return f"unit {example.unit}" if by_unit else f"text {normalised(example.text)}"
+    # public records belong to nobody
+    return f"unit {example.unit}" if by_unit and example.unit else f"text {normalised(example.text)}"
 
 
 def _without(examples: Sequence[Example], others: Iterable[Example]) -> list[Example]:
@@ -307,7 +317,12 @@ def _distinct(examples: Iterable[Example], *, seed: int, by_unit: bool) -> tuple
     for example in sorted(examples, key=lambda example: example.unit):
         owner = (example.unit,) if by_unit else ()
         kept.setdefault((*_contents(example), *owner), example)
-    return tuple(sorted(kept.values(), key=lambda item: _digest("order", seed, *_contents(item))))
+    return _shuffled(kept.values(), seed=seed)
+
+
+def _shuffled(examples: Iterable[Example], *, seed: int) -> tuple[Example, ...]:
+    """Return the examples in an order that contents decide."""
+    return tuple(sorted(examples, key=lambda item: _digest("order", seed, *_contents(item))))
 
 
 def _contents(example: Example) -> tuple[str, ...]:

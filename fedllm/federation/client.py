@@ -128,6 +128,9 @@ def _hello(site: Site, notes: Notes, parts: Parts) -> Answer:
 
 def _make_basis(site: Site, notes: Notes, parts: Parts) -> Answer:
     """Make the frozen matrices that no seed gives, and send them."""
+    if site.config.adapter.basis in ("gradient", "dp-gradient"):
+        # of the site's own records, with no noise on the site as a whole
+        site.policy.require_site_noise(0.0)
     spec = _run_spec(site, notes)
     return {}, {BASIS: save(make_basis(site, spec, run=str(notes["run"])).tensors)}
 
@@ -199,7 +202,7 @@ def _project(site: Site, notes: Notes, parts: Parts) -> Answer:
     """Answer FedASK's second stage: the update this site holds back, projected on the server's basis."""
     config, round = site.config, whole(notes, "round")
     spec = site_spec(_run_spec(site, notes), site.rank, config.adapter)
-    pending = SiteMemory(site.folder, text(notes, "run")).load("pending", spec, round=round)
+    pending = site.memory(text(notes, "run")).load("pending", spec, round=round)
     if pending is None or ADAPTER not in parts:
         raise MismatchError("there is no open sketch of this round here.")
     layout = sketch_layout(config, spec, "Q")
@@ -285,7 +288,7 @@ def _prepare(
     whole_spec = _run_spec(site, notes)
     spec = site_spec(whole_spec, site.rank, config.adapter)
     plan = make_rule(config).plan(spec, round)
-    memory = SiteMemory(site.folder, text(notes, "run"))
+    memory = site.memory(text(notes, "run"))
     store = BlobStore(site.folder / "kept")
     start = receive(config, spec, plan, notes, parts, round=round, store=store, memory=memory)
     basis = _basis(site, whole_spec)

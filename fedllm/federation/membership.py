@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedllm.config import Config
-from fedllm.data.encode import Encoded, collate
+from fedllm.data.encode import Encoded, collate, collate_classes
 from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, DataError
 from fedllm.federation.generate import tuned_model
@@ -135,7 +135,7 @@ def _losses(model: PeftModel, records: list[Encoded], config: Config) -> Scores:
 
 def _chunk_losses(base: PreTrainedModel, records: list[Encoded], pad: int, config: Config) -> Tensor:
     if config.model.kind == "encoder":
-        return class_losses(base, records, pad, pooling=config.model.pooling)
+        return class_losses(base, collate_classes(records, pad), pooling=config.model.pooling)
     if config.train.objective == "dpo":
         return -preferences(base, records, pad)
     return causal_losses(base, collate(records, pad))

@@ -12,11 +12,15 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 
-from fedllm.config import Config, site_ranks
+from fedllm.config import Config, DataSettings, site_ranks
 from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
 from fedllm.errors import BudgetError, DataError, PrivacyError
+from fedllm.federation.memory import SiteMemory
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.policy import SitePolicy, load_policy
+
+# an embedded model's or a hub's; no folder of the site
+_MODEL_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,10 @@ class Site:
     def ledger(self) -> Ledger:
         """Open the site's privacy ledger; a new one is made where there is none."""
         return Ledger(self.folder / "ledger.sqlite")
+
+    def memory(self, run: str) -> SiteMemory:
+        """Return what the site keeps of a run, apart for private and open messages."""
+        return SiteMemory(self.folder / ("private" if self.config.private_replies else "open"), run)
 
     @property
     def has_ledger(self) -> bool:
@@ -152,15 +160,14 @@ def real_site(path: Path, config: Config) -> Site:
         raise BudgetError(f"site {policy.site}: federation.mode=central pools records, which stay here.")
     if not policy.data_path:
         raise BudgetError(f"site {policy.site}: its policy names no data_path.")
+    if not re.fullmatch(_MODEL_NAME, config.model.name):
+        raise BudgetError(f"site {policy.site}: the server sent a model.name that is no model's name.")
     policy.require(config.privacy)
     data = replace(
-        config.data,
+        _own_columns(policy, config.data),
         source="file",
         path="",
         site="",
-        text=policy.text or config.data.text,
-        label=policy.label or config.data.label,
-        unit=policy.unit or config.data.unit,
         heldout_public=bool(policy.heldout_path),
     )
     model = replace(config.model, path=policy.model_path)
@@ -171,6 +178,28 @@ def real_site(path: Path, config: Config) -> Site:
         config=replace(config, data=data, model=model),
         folder=Path(policy.state_dir),
         index=0,
+    )
+
+
+def _own_columns(policy: SitePolicy, data: DataSettings) -> DataSettings:
+    """Return the settings with the policy's column in every role that the recipe asks for.
+
+    Were names the server's to choose, refusals and counts would answer questions about any column.
+    """
+    for role in ("pair", "rejected", "options", "unit"):
+        if vars(data)[role] and not vars(policy)[role]:
+            raise BudgetError(
+                f"site {policy.site}: the recipe asks for data.{role}, and its policy names no column for it "
+                f'({role} = "...").'
+            )
+    return replace(
+        data,
+        text=policy.text,
+        label=policy.label,
+        unit=policy.unit,
+        pair=policy.pair if data.pair else "",
+        rejected=policy.rejected if data.rejected else "",
+        options=policy.options if data.options else "",
     )
 
 

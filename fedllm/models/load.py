@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fedllm.config import ModelSettings
-from fedllm.errors import ModelError
+from fedllm.errors import ModelError, PrivacyError
 from fedllm.models.dtype import base_dtype
 from fedllm.models.pull import pull
 from fedllm.models.quiet import quiet
@@ -192,6 +192,29 @@ def _keep_gradients(base: PreTrainedModel) -> None:
 def is_head(path: str) -> bool:
     """Return whether a module or parameter belongs to an encoder's classification head."""
     return path.partition(".")[0] in HEADS
+
+
+def require_separate_records(base: PreTrainedModel) -> None:
+    """Refuse a base whose positions depend on the longest record of all passes so far.
+
+    Raises
+    ------
+    PrivacyError
+        If its rotary embedding is rescaled by the length it meets (dynamic, longrope).
+    """
+    kinds = _rope_types(base.config.to_dict()) & {"dynamic", "longrope"}
+    if kinds:
+        raise PrivacyError(
+            f"rope_type={kinds.pop()}: this model's positions follow the longest record, so records would "
+            "change each other and clipping would not bound one; a private run needs another base model."
+        )
+
+
+def _rope_types(value: object) -> set[str]:
+    if not isinstance(value, dict):
+        return set()
+    own = {str(value[key]) for key in ("rope_type", "type") if key in value}
+    return own.union(*map(_rope_types, value.values()))
 
 
 def require_plain_head(base: PreTrainedModel) -> None:

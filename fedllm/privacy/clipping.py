@@ -11,7 +11,8 @@ from torch import Tensor
 def clipped(gradients: Mapping[str, Tensor], *, clipping_norm: float) -> dict[str, Tensor]:
     """Return ``g_b min(1, C / ||g_b||)`` with the norm over all matrices of example b.
 
-    An example whose gradient is not finite counts as zero: dropping the step would reveal it.
+    An example whose gradient is not finite, or so long that its factor is no normal float32 (it would be
+    rounded up to C and more), counts as zero: dropping the step would reveal it.
 
     Parameters
     ----------
@@ -104,5 +105,6 @@ def _factors(gradients: Mapping[str, Tensor], clipping_norm: float) -> tuple[Ten
     """Return which examples are finite, and what each is multiplied with; shape (B,) both."""
     parts = [torch.linalg.vector_norm(value.flatten(1), dim=1) for value in gradients.values()]
     norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
-    finite = torch.isfinite(norms)
-    return finite, torch.where(finite, (clipping_norm / norms.clamp_min(1e-12)).clamp_max(1.0), 0.0)
+    factors = (clipping_norm / norms.clamp_min(1e-12)).clamp_max(1.0)
+    finite = torch.isfinite(norms) & (factors >= torch.finfo(factors.dtype).tiny)
+    return finite, torch.where(finite, factors, 0.0)

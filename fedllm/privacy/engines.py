@@ -29,9 +29,13 @@ class OpacusRecorder:
 
         self._parameters = parameters
         owned = {id(parameter) for parameter in parameters.values()}
-        for module in model.modules():
-            if any(id(parameter) in owned for parameter in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(_awake)
+        self._maps = [
+            module
+            for module in model.modules()
+            if any(id(parameter) in owned for parameter in module.parameters(recurse=False))
+        ]
+        for module in self._maps:
+            module.register_forward_pre_hook(_awake)
         self._hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
 
     def take(self) -> dict[str, Tensor]:
@@ -45,6 +49,11 @@ class OpacusRecorder:
                 taken[name] = torch.stack(calls).sum(dim=0).float()
             vars(parameter)["grad_sample"] = None
             parameter.grad = None
+            # what a pass that failed on its way has left behind
+            vars(parameter).pop("_current_grad_sample", None)
+            vars(parameter)["_forward_counter"] = 0
+        for module in self._maps:
+            vars(module).pop("activations", None)
         return taken
 
 

@@ -26,8 +26,9 @@ class SitePolicy:
         Name under which the site appears in the run.
     data_path : str
         The site's own csv, jsonl or parquet file; empty for simulated sites.
-    text, label, unit : str
-        Column names in that file, which win over the recipe's.
+    text, label, pair, rejected, options, unit : str
+        The columns of that file that a run may read; the recipe's names do not count. Without a
+        ``unit`` the unit of privacy is the record.
     require_privacy : bool
         Refuse runs without differential privacy.
     max_epsilon, max_delta : float
@@ -56,8 +57,11 @@ class SitePolicy:
 
     site: str
     data_path: str = ""
-    text: str = ""
-    label: str = ""
+    text: str = "text"
+    label: str = "label"
+    pair: str = ""
+    rejected: str = ""
+    options: str = ""
     unit: str = ""
     require_privacy: bool = True
     max_epsilon: float = 8.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,13 +13,15 @@ from transformers import PreTrainedModel
 
 from fedllm.adapters.state import AdapterSpec
 from fedllm.config import Config
-from fedllm.data.encode import Encoded, collate
+from fedllm.data.encode import PUBLIC, Encoded, collate
 from fedllm.errors import ConfigError
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training.likelihood import causal_losses
 from fedllm.training.preference import dpo_losses, preferences
+
+log = logging.getLogger("fedllm.site")
 
 Gradients = dict[str, npt.NDArray[np.float32]]
 
@@ -61,8 +64,14 @@ def weight_gradients(
                 sums[module] += value / len(units)
         return {module: value.numpy() for module, value in sums.items()}
     sums = plan.zeros(spec.shapes)
+    _mean_gradient(base, weights, [PUBLIC], pad, beta=beta)
     for unit in units:
-        found = _mean_gradient(base, weights, unit, pad, beta=beta)
+        try:
+            found = _mean_gradient(base, weights, unit, pad, beta=beta)
+        except Exception as error:
+            # an error would tell that the unit was drawn
+            log.warning("a unit contributes nothing: %s.", type(error).__name__)
+            continue
         for module, value in plan.clip({m: g[None] for m, g in found.items()}).items():
             sums[module] += value
     return {
@@ -78,6 +87,8 @@ def _mean_gradient(
     *,
     beta: float | None,
 ) -> dict[str, Tensor]:
+    for weight in weights.values():
+        weight.grad = None
     for record in records:
         loss = _loss(base, record, pad, beta=beta) / len(records)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -85,7 +96,6 @@ def _mean_gradient(
     for module, weight in weights.items():
         assert weight.grad is not None, "every adapted weight takes part in the loss"
         found[module] = weight.grad.float().cpu()
-        weight.grad = None
     return found
 
 

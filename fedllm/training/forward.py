@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedllm.data.encode import Encoded, collate, collate_classes
+from fedllm.data.encode import ClassBatch, Encoded, collate, collate_classes
 from fedllm.evaluation.generation import end_tokens, greedy_tokens
 from fedllm.evaluation.scoring import label_log_likelihoods
 from fedllm.models.pooling import class_logits
@@ -31,16 +31,17 @@ def record_losses(session: Session, records: Sequence[Encoded], *, untuned: bool
         Leave out what stands before the prompts.
     """
     if session.spec.head:
-        return class_losses(session.base, records, session.pad_id, pooling=session.pooling)
+        classes = collate_classes(records, session.pad_id, multiple=session.padding)
+        return class_losses(session.base, classes, pooling=session.pooling)
     if session.beta is not None:
         return dpo_losses(margins(session, records), beta=session.beta)
     prefix = None if untuned else session.prefix
-    return causal_losses(session.base, collate(records, session.pad_id), prefix=prefix)
+    batch = collate(records, session.pad_id, multiple=session.padding)
+    return causal_losses(session.base, batch, prefix=prefix)
 
 
-def class_losses(base: PreTrainedModel, records: Sequence[Encoded], pad_id: int, *, pooling: str) -> Tensor:
+def class_losses(base: PreTrainedModel, batch: ClassBatch, *, pooling: str) -> Tensor:
     """Return the cross-entropy of each record's label under an encoder's head, shape (B,), float32."""
-    batch = collate_classes(records, pad_id)
     logits = class_logits(base, batch.inputs, pooling=pooling)
     return nn.functional.cross_entropy(logits, batch.rows.to(logits.device), reduction="none")
 

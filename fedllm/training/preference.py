@@ -46,19 +46,29 @@ def margins(session: Session, records: Sequence[Encoded]) -> Tensor:
             # 8-bit layers round in another way while they train; the reference has to round as the model does
             if isinstance(module, nn.Linear):
                 module.train(training)
-        reference = preferences(session.base, records, session.pad_id)
+        reference = preferences(session.base, records, session.pad_id, multiple=session.padding)
     session.model.train(training)
-    return preferences(session.base, records, session.pad_id, prefix=session.prefix) - reference
+    found = preferences(
+        session.base, records, session.pad_id, prefix=session.prefix, multiple=session.padding
+    )
+    return found - reference
 
 
 def preferences(
-    base: PreTrainedModel, records: Sequence[Encoded], pad_id: int, *, prefix: Tensor | None = None
+    base: PreTrainedModel,
+    records: Sequence[Encoded],
+    pad_id: int,
+    *,
+    prefix: Tensor | None = None,
+    multiple: int = 1,
 ) -> Tensor:
     """Return ``log p(c|x) - log p(r|x)`` of each pair, shape (B,), float32.
 
-    The model gets 2 B rows: all preferred answers, then all rejected ones.
+    The model gets 2 B rows: all preferred answers, then all rejected ones, padded to a multiple of
+    ``multiple`` tokens.
     """
     rejected = [replace(record, answer=record.rejected) for record in records]
-    found = answer_log_likelihoods(base, collate([*records, *rejected], pad_id), prefix=prefix)
+    batch = collate([*records, *rejected], pad_id, multiple=multiple)
+    found = answer_log_likelihoods(base, batch, prefix=prefix)
     preferred, other = found.chunk(2)
     return preferred - other

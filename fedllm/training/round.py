@@ -28,6 +28,7 @@ from fedllm.training.steps import (
     learning_rate,
     plain_gradients,
     private_gradients,
+    require_private_path,
 )
 
 
@@ -94,6 +95,9 @@ def train_round(
         floor=config.privacy.adam_floor,
     )
     generator, units = SecureGenerator(), site.units_of_records
+    optimizer.zero_grad(set_to_none=True)
+    if plan is not None:
+        require_private_path(session, trained, plan)
     torch.manual_seed(_dropout_seed(config, site.name, round))
     rate = ClientRate(
         trained,

@@ -21,11 +21,15 @@ from fedllm.data.records import Example
 from fedllm.data.sites import SiteData
 from fedllm.errors import DataError
 from fedllm.models.fingerprint import weights_fingerprint
-from fedllm.models.load import load_base, load_tokenizer, require_plain_head
+from fedllm.models.load import load_base, load_tokenizer, require_plain_head, require_separate_records
 from fedllm.privacy.engines import ENGINES
 from fedllm.privacy.per_example import Recorder
 
 log = logging.getLogger("fedllm.site")
+
+#: In private runs records of one pass have one padded length, and it follows from each alone: padded to the
+#: longest, a record would change what a model computes for the others.
+PRIVATE_PADDING = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,8 @@ class Session:
         Embeddings before every prompt, shape (tokens, width), where the method has them.
     beta : float or None
         DPO's beta; None where answers are learnt as they stand.
+    padding : int
+        Records are padded to a multiple of this many tokens.
     """
 
     method: AdapterMethod
@@ -63,6 +69,7 @@ class Session:
     pooling: str
     prefix: Tensor | None
     beta: float | None
+    padding: int
 
     def trainable(self, names: Collection[str]) -> dict[str, nn.Parameter]:
         """Let the matrices of these names train, and no others; return them by key."""
@@ -126,6 +133,8 @@ def _open(key: _SessionKey) -> Session:
     weights = weights_fingerprint(base, exclude=heads)
     if not spec.head:
         require_plain_head(base)
+    if key.engine:
+        require_separate_records(base)
     wrapped = method.inject(base, spec, key.basis, dropout=key.dropout)
     parameters = trained_parameters(method, wrapped, spec)
     return Session(
@@ -140,6 +149,7 @@ def _open(key: _SessionKey) -> Session:
         pooling=key.model.pooling,
         prefix=prefix_of(wrapped),
         beta=key.beta,
+        padding=PRIVATE_PADDING if key.engine else 1,
     )
 
 
@@ -150,6 +160,8 @@ def open_session(config: Config, spec: AdapterSpec, basis: Basis) -> Session:
     ------
     ModelError
         If the base cannot be loaded, or its output head is of a kind not understood here.
+    PrivacyError
+        If a private run's base lets records that share a pass change each other.
     """
     return _open(
         _SessionKey(
@@ -215,6 +227,11 @@ def _encoded(
             found[position] = encoder.encode(example)
         except DataError as error:
             reasons.append(str(error))
+        except Exception as error:
+            # a chat template can fail on texts of its own choosing
+            if not site.lenient:
+                raise
+            reasons.append(type(error).__name__)
     if reasons:
         verdict = "do not train" if site.lenient else "cannot be used"
         told = (

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from fedllm.config import TrainSettings
-from fedllm.data.encode import Encoded
-from fedllm.errors import PrivacyError
+from fedllm.data.encode import PUBLIC, Encoded, padded_length
+from fedllm.errors import FedllmError, PrivacyError
 from fedllm.privacy.clipping import owned_means, pair_sums
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.privacy.sampling import random_subset
 from fedllm.training.dirac import DiracCanaries
 from fedllm.training.forward import record_losses
-from fedllm.training.session import Session
+from fedllm.training.session import PRIVATE_PADDING, Session
+
+log = logging.getLogger("fedllm.site")
 
 GradientsOf = Callable[[Sequence[Encoded]], dict[str, Tensor]]
 
@@ -54,18 +58,23 @@ def plain_gradients(session: Session, records: Sequence[Encoded], *, micro_batch
     return total / len(records)
 
 
-def unit_batches(units: Sequence[Sequence[Encoded]], size: int) -> Iterator[list[Sequence[Encoded]]]:
-    """Yield units of similar length in chunks of at most ``size`` records; no unit is divided."""
-    ordered = sorted(units, key=lambda unit: max(record.length for record in unit))
-    chunk: list[Sequence[Encoded]] = []
-    held = 0
-    for unit in ordered:
-        if chunk and held + len(unit) > size:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(unit)
-        held += len(unit)
-    if chunk:
+def unit_batches(
+    units: Sequence[Sequence[Encoded]], size: int, *, padding: int = 1
+) -> Iterator[list[Sequence[Encoded]]]:
+    """Yield units of one padded length in chunks of at most ``size`` records; no unit is divided."""
+
+    def width(unit: Sequence[Encoded]) -> int:
+        return padded_length(max(record.length for record in unit), padding)
+
+    for _, alike in groupby(sorted(units, key=width), key=width):
+        chunk: list[Sequence[Encoded]] = []
+        held = 0
+        for unit in alike:
+            if chunk and held + len(unit) > size:
+                yield chunk
+                chunk, held = [], 0
+            chunk.append(unit)
+            held += len(unit)
         yield chunk
 
 
@@ -113,6 +122,25 @@ def private_gradients(
         parameter.grad = value.to(device=parameter.device, dtype=parameter.dtype)
 
 
+def require_private_path(session: Session, trained: Mapping[str, nn.Parameter], plan: PrivacyPlan) -> None:
+    """Compute and clip a public record's gradient: what fails for all fails before any is drawn.
+
+    Raises
+    ------
+    PrivacyError
+        From :func:`record_gradients`, or if the gradient cannot be computed or clipped.
+    """
+    try:
+        plan.clip(record_gradients(session, trained, [PUBLIC]))
+    except FedllmError:
+        raise
+    except Exception as error:
+        raise PrivacyError(
+            "no private step can be taken with this model and these settings: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
 def record_gradients(
     session: Session, trained: Mapping[str, nn.Parameter], records: Sequence[Encoded]
 ) -> dict[str, Tensor]:
@@ -127,8 +155,11 @@ def record_gradients(
     """
     if session.recorder is None:
         raise PrivacyError("the session was not opened for private training.")
-    record_losses(session, records).sum().backward()  # type: ignore[no-untyped-call]
-    gradients = session.recorder.take()
+    try:
+        record_losses(session, records).sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        # a pass that fails must not leave its rows to the next one's records
+        gradients = session.recorder.take()
     if session.beta is not None:
         gradients = pair_sums(gradients)
     _require_all(session, trained, gradients, rows=len(records))
@@ -159,17 +190,38 @@ def private_release(
         Returns key -> per-record gradients of some records, shape (B, *shape), float32.
     """
     sums = plan.zeros(shapes)
-    drawn = [_some(units[unit], most=micro_batch, generator=generator) for unit in plan.draw(generator)]
-    # a unit none of whose records can be used is drawn and counted like any other, and contributes zero
-    for chunk in unit_batches([unit for unit in drawn if unit], micro_batch):
+
+    def contribute(chunk: Sequence[Sequence[Encoded]]) -> None:
         gradients = gradients_of([record for unit in chunk for record in unit])
         sizes = torch.tensor([len(unit) for unit in chunk])
         if int(sizes.sum()) > len(chunk):
             owners = torch.arange(len(chunk)).repeat_interleave(sizes)
             gradients = owned_means(gradients, owners, units=len(chunk))
-        for key, value in plan.clip(gradients).items():
-            sums[key] = sums[key].to(value.device) + value
+        found = plan.clip(gradients)
+        # all matrices or none: a chunk that fails is taken again
+        sums.update({key: sums[key].to(value.device) + value for key, value in found.items()})
+
+    drawn = [_some(units[unit], most=micro_batch, generator=generator) for unit in plan.draw(generator)]
+    # a unit none of whose records can be used is drawn and counted like any other, and contributes zero
+    for chunk in unit_batches([unit for unit in drawn if unit], micro_batch, padding=PRIVATE_PADDING):
+        _robustly(contribute, chunk)
     return plan.privatise(sums, generator)
+
+
+def _robustly(
+    contribute: Callable[[Sequence[Sequence[Encoded]]], None], chunk: list[Sequence[Encoded]]
+) -> None:
+    """Let a unit whose gradient cannot be computed contribute zero: an error would tell that it was drawn."""
+    try:
+        contribute(chunk)
+    except Exception as error:
+        kind = type(error).__name__
+        if len(chunk) > 1:
+            log.warning("%d units are taken one at a time: together they failed (%s).", len(chunk), kind)
+            for unit in chunk:
+                _robustly(contribute, [unit])
+        else:
+            log.warning("a unit contributes nothing: its gradient cannot be computed (%s).", kind)
 
 
 def _some(unit: Sequence[Encoded], *, most: int, generator: SecureGenerator) -> Sequence[Encoded]:

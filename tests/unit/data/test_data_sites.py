@@ -313,3 +313,27 @@ def test_a_lenient_site_counts_every_record_whatever_the_recipe_asks_for(
     assert "secret" not in caplog.text
     with pytest.raises(DataError, match="1 of 23 records have an empty"):
         site_from_file(FILE, path=path, name="north", seed=1)
+
+
+def test_a_lenient_site_drops_no_row(tmp_path: Path) -> None:
+    path = write(tmp_path, [*many(6), *many(6), Example("public", "x", "p0")])
+    public = write(tmp_path, [Example(text, "x", "") for text in ("Public", "other", "more", "four")])
+    site = site_from_file(FILE, path=path, name="a", seed=1, heldout_path=public, lenient=True)
+    assert (len(site.train), len(site.units)) == (13, 13)
+    assert [example.text for example in site.train if not example.usable] == ["public"]
+    assert len(texts(site.train)) == 7
+    other = site_from_file(FILE, path=path, name="a", seed=1, lenient=True)
+    assert len(other.units) == len(site.units)
+
+
+def test_public_records_are_scored_record_by_record_where_a_site_has_units(tmp_path: Path) -> None:
+    path = write(tmp_path, many(20))
+    public = fresh(tmp_path)
+    public.write_text("text,label\n" + "".join(f"public {i},x\n" for i in range(40)))
+    data = replace(FILE, unit="unit")
+    folds = [
+        site_from_file(data, path=path, name="a", seed=1, fold=fold, heldout_path=str(public)).heldout
+        for fold in ("test", "validation")
+    ]
+    assert all(folds)
+    assert sum(map(len, folds)) == 40

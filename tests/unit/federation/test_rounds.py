@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedllm.errors import BudgetError, FedllmError, MismatchError, PrivacyError,
 from fedllm.federation import client as client_module
 from fedllm.federation.records import pack, unpack, wire_size
 from fedllm.federation.run import start_run
-from fedllm.federation.site import identify, public_reason
+from fedllm.federation.site import identify, public_reason, real_site
 from fedllm.models.load import load_base
 from fedllm.privacy.accounting import require_delta
 from fedllm.privacy.ledger import Ledger
@@ -420,6 +421,25 @@ def test_a_real_site_needs_a_policy_and_reads_only_its_own_files(
         identify(context(policy=str(policy)), Config(), 0)
     with pytest.raises(BudgetError, match="epsilon=5 exceeds its policy's 3"):
         identify(context(policy=str(policy)), config.replace(privacy__epsilon=5.0), 0)
+    for name in ("/srv/model", "../model", "a/b/c"):
+        with pytest.raises(BudgetError, match="model.name that is no model's name"):
+            identify(context(policy=str(policy)), config.replace(model__name=name), 0)
+
+
+@pytest.mark.parametrize("role", ["pair", "rejected", "unit"])
+def test_a_real_site_reads_the_columns_of_its_policy_alone(tmp_path: Path, role: str) -> None:
+    policy = tmp_path / "site.toml"
+    policy.write_text('site = "north"\ndata_path = "own.csv"\nlabel = "code"\n')
+    config = Config.from_flat({"privacy.enabled": True, "privacy.epsilon": 2.0, "data.text": "name"})
+    found = real_site(policy, config).config.data
+    assert (found.text, found.label, found.unit) == ("text", "code", "")
+    asked = replace(config, data=replace(config.data, **{role: "hiv_status"}))
+    with pytest.raises(BudgetError, match=f"asks for data.{role}, and its policy names no column"):
+        real_site(policy, asked)
+    policy.write_text(policy.read_text() + f'{role} = "own"\n')
+    assert vars(real_site(policy, asked).config.data)[role] == "own"
+    # the unit is the site's own promise, whatever is asked
+    assert vars(real_site(policy, config).config.data)[role] == ("own" if role == "unit" else "")
 
 
 def test_a_policy_insists_on_its_share_of_noise() -> None:
@@ -490,7 +510,8 @@ def test_whole_sites_calibrate_adapt_and_resume_within_their_budget(
     [
         (SITES | {"adapter__method": "lora", "strategy__name": "fedex"}, "more than average what sites send"),
         (SITES | {"site_privacy__epsilon": 3.0}, "give exactly one of them"),
-        (SITES | {"site_privacy__clipping_norm": 0.0}, "clipping_norm above 0"),
+        (SITES | {"site_privacy__clipping_norm": 0.0}, "clipping_norm: must be between"),
+        (SITES | {"site_privacy__delta": 0.0}, "delta above 0"),
         (SITES | {"federation__mode": "local"}, "needs a federation"),
     ],
 )

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from fedllm.config import ModelSettings
-from fedllm.errors import ModelError
+from fedllm.errors import ModelError, PrivacyError
 from fedllm.models.fingerprint import weights_fingerprint
-from fedllm.models.load import load_base, load_config, load_tokenizer, resolve
+from fedllm.models.load import load_base, load_config, load_tokenizer, require_separate_records, resolve
 
 
 @pytest.fixture
@@ -198,3 +198,12 @@ def test_8_bit_layers_do_not_mix_the_records_of_a_batch(tiny):
         alone = base(input_ids=calm).logits[0]
         beside = base(input_ids=torch.cat([calm, loud])).logits[0]
     assert torch.allclose(alone, beside, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_follow_the_longest_record_are_not_private(tiny, kind):
+    base = load_base(tiny)
+    require_separate_records(base)
+    base.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(PrivacyError, match=f"rope_type={kind}: .* another base model"):
+        require_separate_records(base)

@@ -102,3 +102,12 @@ def test_clipping_bounds_each_record_jointly_and_drops_nan() -> None:
 def test_small_gradients_are_not_scaled_up() -> None:
     gradients = {"a": torch.full((2, 2), 0.01)}
     assert torch.allclose(clipped_sum(gradients, clipping_norm=1.0)["a"], torch.full((2,), 0.02))
+
+
+@pytest.mark.parametrize("norm", [1e-9, 1e-6, 0.1])
+@pytest.mark.parametrize("size", [1.0, 1e20, 1e30, 1e37])
+def test_no_gradient_is_too_long_to_be_clipped(norm: float, size: float) -> None:
+    gradients = {"a": torch.full((1, 4), size), "b": torch.full((1, 2, 2), size)}
+    found = torch.cat([value.flatten() for value in clipped_sum(gradients, clipping_norm=norm).values()])
+    # below float32's smallest normal number a factor is rounded, up to several times itself
+    assert float(torch.linalg.vector_norm(found.double())) <= norm * (1 + 1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -335,19 +334,25 @@ def test_a_session_without_private_path_refuses_to_train_privately() -> None:
 
 
 def test_a_missing_per_example_gradient_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+    config, session, site, state = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
     assert session.recorder is not None
     real = session.recorder.take
     monkeypatch.setattr(session.recorder, "take", lambda: dict(list(real().items())[1:]))
     with pytest.raises(PrivacyError, match="has no per-example gradient; the private path is not active"):
-        private_gradients(
-            session,
-            session.parameters,
-            alone(site.train[:2]),
-            plan=all_of(2),
-            generator=SecureGenerator(),
-            micro_batch=2,
-        )
+        go(session, site, config, state, round=1, plan=plan())
+
+
+def test_what_fails_for_every_record_fails_before_any_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, session, site, state = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
+
+    def drawn(*_: object, **__: object) -> None:
+        pytest.fail("a record was drawn")
+
+    monkeypatch.setattr(PrivacyPlan, "draw", drawn)
+    # a grid too coarse for the norm
+    coarse = plan(discrete=True, noise_multiplier=1e8)
+    with pytest.raises(PrivacyError, match="no private step can be taken .* the grid is too coarse"):
+        go(session, site, config, state, round=1, plan=coarse)
 
 
 def test_schedule_runs_over_the_whole_run() -> None:
@@ -441,24 +446,97 @@ def test_records_that_cannot_be_used_stay_units_and_contribute_nothing(
     assert "1 of 3 records do not train" in caplog.text
     assert "secret" not in caplog.text
 
-    def released(units: list[list[Encoded]]) -> dict[str, Tensor]:
-        plan = PrivacyPlan(
-            noise_multiplier=0.0,
-            clipping_norm=0.1,
-            units=3,
-            sample_rate=1.0,
-            expected_batch=3.0,
-            local_steps=1,
-            rounds=1,
-            delta=1e-5,
-            relation="add-or-remove-one",
-        )
-        gradients = partial(steps.record_gradients, session, session.parameters)
-        shapes = {key: value.shape for key, value in session.parameters.items()}
-        return steps.private_release(
-            shapes, units, gradients_of=gradients, plan=plan, generator=SecureGenerator(), micro_batch=4
-        )
-
-    alone, none = released(tokens.units_of_records), released([[], [], []])
-    assert any(value.any() for value in alone.values())
+    one, none = noiseless(session, tokens.units_of_records), noiseless(session, [[], [], []])
+    assert any(value.any() for value in one.values())
     assert not any(value.any() for value in none.values())
+
+
+def noiseless(
+    session: Session, units: Sequence[Sequence[Encoded]], *, fails: Encoded | None = None
+) -> dict[str, Tensor]:
+    """Return a step's sum of clipped gradients of all units; of a record that ``fails`` none can be had."""
+
+    def gradients(records: Sequence[Encoded]) -> dict[str, Tensor]:
+        found = steps.record_gradients(session, session.parameters, records)
+        if fails in records:
+            raise RuntimeError("out of memory")
+        return found
+
+    return steps.private_release(
+        {key: value.shape for key, value in session.parameters.items()},
+        units,
+        gradients_of=gradients,
+        plan=all_of(len(units), noise_multiplier=0.0, expected_batch=1.0),
+        generator=SecureGenerator(),
+        micro_batch=16,
+    )
+
+
+def test_a_record_that_fails_contributes_zero_and_disturbs_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=1.0)
+    records = site.train[:6]
+    without = noiseless(session, alone(records[1:]))
+    found = noiseless(session, alone(records), fails=records[0])
+    assert "are taken one at a time: together they failed (RuntimeError)" in caplog.text
+    assert caplog.text.count("a unit contributes nothing") == 1
+    for key, value in without.items():
+        assert torch.allclose(found[key], value, atol=1e-7), key
+
+
+@pytest.mark.parametrize("engine", ["own", "opacus"])
+def test_a_pass_that_fails_leaves_nothing_to_the_next(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=1.0, privacy__engine=engine)
+    few, others = site.train[:2], site.train[2:4]
+    expected = steps.record_gradients(session, session.parameters, few)
+
+    def breaks(_: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    def half_a_pass(session: Session, records: Sequence[Encoded]) -> Tensor:
+        # the backward pass reaches the upper layers and breaks in the lowest one's input
+        layer = session.base.get_decoder().layers[0]
+        handle = layer.register_forward_hook(lambda *found: hook(found[-1]))
+        losses = record_losses(session, records)
+        handle.remove()
+        return losses
+
+    def hook(output: object) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        assert isinstance(hidden, Tensor)
+        hidden.register_hook(breaks)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "record_losses", half_a_pass)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            steps.record_gradients(session, session.parameters, others)
+    found = steps.record_gradients(session, session.parameters, few)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def test_the_length_of_a_record_changes_nothing_for_the_others() -> None:
+    _, session, _, _ = make(privacy__enabled=True, privacy__noise_multiplier=1.0)
+    short, long = (Encoded(tuple(range(40, 38 + size)), (5, 6), truncated=False) for size in (24, 72))
+    assert session.pad_id not in (*short.prompt, *long.prompt, 5, 6)
+
+    def poison(_: torch.nn.Module, ids: tuple[Tensor, ...], found: Tensor) -> Tensor:
+        # weights that turn every padded record into NaN, and so to zero
+        return found.masked_fill((ids[0] == session.pad_id)[..., None], torch.inf)
+
+    handle = session.base.get_input_embeddings().register_forward_hook(poison)
+    one = noiseless(session, [[short]])
+    both = noiseless(session, [[short], [long]])
+    other = noiseless(session, [[long]])
+    handle.remove()
+    assert any(value.any() for value in one.values())
+    for key, value in both.items():
+        assert torch.allclose(value, one[key] + other[key], atol=1e-7), key
+
+
+def test_records_of_a_pass_have_one_padded_length() -> None:
+    units = [[Encoded((1,) * size, (2,), truncated=False)] for size in (30, 3, 7, 8, 15, 16, 30, 31)]
+    chunks = list(steps.unit_batches(units, 2, padding=8))
+    lengths = [[unit[0].length for unit in chunk] for chunk in chunks]
+    assert lengths == [[4, 8], [9, 16], [17], [31, 31], [32]]
