@@ -163,7 +163,8 @@ def site_from_file(
         own, records = dataclasses.replace(own, heldout_public=True), public
     else:
         train, heldout = split(_examples(records), by_unit=bool(own.unit), share=own.heldout, seed=seed)
-    labels = label_names(own, records)
+    # labels that only private records have are nobody's to score
+    labels = label_names(own, None if lenient and not heldout_path else records)
     return _site_data(
         own, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold, lenient=lenient
     )

@@ -308,6 +308,7 @@ def test_a_lenient_site_counts_every_record_whatever_the_recipe_asks_for(
         data = replace(FILE, labels=labels, heldout=heldout)
         site = site_from_file(data, path=path, name="north", seed=1, lenient=True)
         assert (len(site.train), len(site.units), len(site.heldout)) == (23, 23, 0)
+        assert site.labels == tuple(filter(None, labels.split("|")))
         assert sum(example.usable for example in site.train) == usable
         assert f"{23 - usable} of 23 records do not train" in caplog.text
     assert "secret" not in caplog.text

@@ -449,6 +449,18 @@ def test_a_policy_insists_on_its_share_of_noise() -> None:
         policy.require_site_noise(0.0)
 
 
+@pytest.mark.parametrize("basis", ["gradient", "dp-gradient"])
+def test_a_policy_that_wants_site_noise_makes_no_basis_of_its_records(basis: str, tmp_path: Path) -> None:
+    policy = tmp_path / "site.toml"
+    policy.write_text(
+        'site = "north"\ndata_path = "own.csv"\nmin_site_noise = 1.0\nrequire_privacy = false\n'
+    )
+    config = Config.from_flat({"model.name": "tiny-llama"})
+    site = real_site(policy, replace(config, adapter=replace(config.adapter, basis=basis)))
+    with pytest.raises(BudgetError, match="wants a share of noise of 1"):
+        client_module._make_basis(site, {}, {})
+
+
 def test_reasons_for_the_server_carry_no_folders() -> None:
     error = FedllmError("/home/clinic/data/own.csv: no column 'note' (data.text); it has a/b.")
     assert public_reason(None, error) == "own.csv: no column 'note' (data.text); it has a/b."

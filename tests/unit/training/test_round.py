@@ -14,7 +14,7 @@ from torch import Tensor
 from fedllm.adapters import METHODS
 from fedllm.adapters.state import AdapterState
 from fedllm.config import Config
-from fedllm.data.encode import Encoded
+from fedllm.data.encode import Encoded, PromptEncoder
 from fedllm.data.sites import simulated_site
 from fedllm.errors import DataError, PrivacyError
 from fedllm.privacy.entropy import SecureGenerator
@@ -428,7 +428,7 @@ def test_fedhyper_follows_its_formula(paper: bool, expected: dict[float, float])
 
 
 def test_records_that_cannot_be_used_stay_units_and_contribute_nothing(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, session, _, _ = make(privacy__enabled=True, privacy__noise_multiplier=1.0)
     data = simulated_site(config.data, sites=2, seed=config.run.seed, index=0)
@@ -446,6 +446,12 @@ def test_records_that_cannot_be_used_stay_units_and_contribute_nothing(
     assert "1 of 3 records do not train" in caplog.text
     assert "secret" not in caplog.text
 
+    with monkeypatch.context() as patched:
+        # as a chat template would that fails on some texts
+        patched.setattr(PromptEncoder, "encode", lambda self, example: [][0])
+        assert tokenise(replace(site, lenient=True, name="other"), config).units == ((), (), ())
+        with pytest.raises(IndexError):
+            tokenise(replace(site, name="strict", train=records[:1], heldout=()), config)
     one, none = noiseless(session, tokens.units_of_records), noiseless(session, [[], [], []])
     assert any(value.any() for value in one.values())
     assert not any(value.any() for value in none.values())
