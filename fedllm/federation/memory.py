@@ -24,7 +24,7 @@ class SiteMemory:
     Parameters
     ----------
     folder : Path
-        The site's folder.
+        Of all runs.
     run : str
         The run's id, as the server sent it.
 
@@ -37,7 +37,7 @@ class SiteMemory:
     def __init__(self, folder: Path, run: str) -> None:
         if not re.fullmatch(r"[0-9a-f]{1,32}", run):
             raise WireError("the run's id is not of the agreed form.")
-        self._folder = folder / "memory" / run
+        self._folder = folder / run
 
     def save(self, name: str, round: int, state: AdapterState) -> None:
         """Keep a state as it is after a round; the oldest ones go."""

@@ -76,7 +76,7 @@ class Site:
 
     def memory(self, run: str) -> SiteMemory:
         """Return what the site keeps of a run, apart for private and open messages."""
-        return SiteMemory(self.folder / ("private" if self.config.private_replies else "open"), run)
+        return SiteMemory(self.folder / ("private-memory" if self.config.private_replies else "memory"), run)
 
     @property
     def has_ledger(self) -> bool:
