@@ -209,6 +209,9 @@ def truncate(
 
 
 def _core(a: LowRank) -> Matrix64:
-    """Return ``R_b R_a^T``: the product up to rotations on both sides, at most (r, r)."""
+    """Return the product up to rotations on both sides: ``R_b R_a^T``, at most (r, r), or itself."""
+    if a.rank >= min(a.shape):
+        # a sum of many sites has more columns than rows: its QRs would cost more than the product
+        return np.asarray(a.up @ a.down, dtype=np.float64)
     r_up, r_down = (np.asarray(np.linalg.qr(x, mode="r"), dtype=np.float64) for x in (a.up, a.down.T))
     return r_up @ r_down.T

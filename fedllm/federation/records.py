@@ -58,7 +58,7 @@ def unpack(content: RecordDict) -> tuple[Notes, dict[str, bytes]]:
 
 def wire_size(content: RecordDict) -> int:
     """Return the bytes of a content as Flower serialises it."""
-    return len(recorddict_to_proto(content).SerializeToString())
+    return int(recorddict_to_proto(content).ByteSize())
 
 
 def text(notes: Mapping[str, Note], key: str, *, limit: int = 500) -> str:
