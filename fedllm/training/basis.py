@@ -64,15 +64,21 @@ def weight_gradients(
                 sums[module] += value / len(units)
         return {module: value.numpy() for module, value in sums.items()}
     sums = plan.zeros(spec.shapes)
-    _mean_gradient(base, weights, [PUBLIC], pad, beta=beta)
+
+    def clipped(unit: Sequence[Encoded]) -> dict[str, Tensor]:
+        found = _mean_gradient(base, weights, unit, pad, beta=beta)
+        return plan.clip({module: gradient[None] for module, gradient in found.items()})
+
+    # what fails for every record fails on a public one, whatever was drawn
+    clipped([PUBLIC])
     for unit in units:
         try:
-            found = _mean_gradient(base, weights, unit, pad, beta=beta)
+            found = clipped(unit)
         except Exception as error:
             # an error would tell that the unit was drawn
             log.warning("a unit contributes nothing: %s.", type(error).__name__)
             continue
-        for module, value in plan.clip({m: g[None] for m, g in found.items()}).items():
+        for module, value in found.items():
             sums[module] += value
     return {
         module: value.float().numpy() for module, value in plan.privatise(sums, SecureGenerator()).items()
