@@ -206,6 +206,7 @@ def basis_plan(config: Config, *, units: int, site: str) -> PrivacyPlan:
         rounds=0,
         delta=config.privacy.delta,
         relation=config.privacy.relation,
+        discrete=config.privacy.noise == "discrete-gaussian",
     )
 
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from threadpoolctl import threadpool_info
 
 from fedllm.adapters.export import save_peft_adapter
+from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.config import Config
 from fedllm.errors import BudgetError, FedllmError, MismatchError, PrivacyError, RunError
 from fedllm.federation import client as client_module
@@ -27,6 +28,7 @@ from fedllm.federation.site import identify, public_reason, real_site
 from fedllm.models.load import load_base
 from fedllm.privacy.accounting import require_delta
 from fedllm.privacy.ledger import Ledger
+from fedllm.privacy.plan import basis_plan
 from fedllm.privacy.policy import SitePolicy
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.folder import create_run, open_run
@@ -459,6 +461,26 @@ def test_a_policy_that_wants_site_noise_makes_no_basis_of_its_records(basis: str
     site = real_site(policy, replace(config, adapter=replace(config.adapter, basis=basis)))
     with pytest.raises(BudgetError, match="wants a share of noise of 1"):
         client_module._make_basis(site, {}, {})
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete-gaussian"])
+def test_a_private_basis_takes_the_noise_of_the_recipe(noise: str) -> None:
+    config = Config.from_flat({"privacy.noise": noise, "privacy.delta": 1e-4, "adapter.basis_records": 8})
+    assert basis_plan(config, units=100, site="north").discrete == (noise != "gaussian")
+
+
+def test_a_site_remembers_private_runs_apart_from_open_ones(tmp_path: Path) -> None:
+    policy = tmp_path / "site.toml"
+    policy.write_text('site = "north"\ndata_path = "own.csv"\nrequire_privacy = false\n')
+    config = Config.from_flat({"model.name": "tiny-llama"})
+    private = replace(config, privacy=replace(config.privacy, enabled=True))
+    spec = AdapterSpec(method="lora", rank=2, scale=1.0, shapes={"layer": (3, 4)}, basis="none", base="x")
+    state = AdapterState(spec, {})
+    sides = [real_site(policy, asked).memory("0a") for asked in (config, private)]
+    for value, memory in enumerate(sides):
+        memory.save("residual", 1, state.with_tensors({"layer.A": np.full((2, 4), value)}))
+    kept = [memory.load("residual", spec, round=1) for memory in sides]
+    assert [float(one.tensors["layer.A"].max()) for one in kept if one] == [0.0, 1.0]
 
 
 def test_reasons_for_the_server_carry_no_folders() -> None:

@@ -398,3 +398,13 @@ def test_a_gradient_basis_comes_from_the_pairs_own_loss(path: Path) -> None:
     assert weight.grad is not None
     expected = -BETA / 2 * weight.grad.numpy() / 2
     assert np.abs(found[module] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_what_fails_for_every_record_of_a_private_basis_fails_with_none_drawn(path: Path) -> None:
+    config, _, _, _ = make(path, adapter__method="fed-sb")
+    spec = adapter_spec(config)
+    found = weight_gradients(config, spec, [], plan=all_of(40, noise_multiplier=1.0, discrete=True))
+    assert {module: value.shape for module, value in found.items()} == dict(spec.shapes)
+    coarse = all_of(40, noise_multiplier=1e6, discrete=True)
+    with pytest.raises(ValueError, match="grid is too coarse"):
+        weight_gradients(config, spec, [], plan=coarse)
