@@ -119,9 +119,7 @@ def _planned_records(config: Config, policy: Path | None) -> Table:
     table = Table("site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds left")
     table.box = None
     for found in planned_sites(config, policy):
-        left = rounds_left(
-            found.entries, found.plan.spend(), policy=found.policy, relation=found.plan.relation
-        )
+        left = rounds_left(found.held, found.plan.spend(), policy=found.policy, relation=found.plan.relation)
         table.add_row(
             found.policy.site,
             f"{found.plan.noise_multiplier:.3f}",

@@ -12,7 +12,7 @@ from fedllm.errors import ConfigError
 from fedllm.federation.site import real_site, simulated_policy
 from fedllm.privacy.accounting import Spend, cross_check, epsilon, within
 from fedllm.privacy.ledger import Entry, Ledger
-from fedllm.privacy.plan import PrivacyPlan, make_plan
+from fedllm.privacy.plan import PrivacyPlan, whole_run
 from fedllm.privacy.policy import SitePolicy, load_policy
 
 _MOST_ROUNDS = 10_000
@@ -77,17 +77,17 @@ class Planned:
 
     Attributes
     ----------
-    entries : tuple[Entry, ...]
-        What was spent on the same records before.
+    held : tuple[Spend, ...]
+        What was spent on the same records before, and a basis that the recipe makes of them.
     before, epsilon : float
-        Epsilon of those, and of the recipe alone.
+        Epsilon of what was spent before, and of the recipe alone.
     peers : dict[str, float]
         The recipe's epsilon by accountant, see :func:`fedllm.privacy.accounting.cross_check`.
     """
 
     policy: SitePolicy
     plan: PrivacyPlan
-    entries: tuple[Entry, ...]
+    held: tuple[Spend, ...]
     before: float
     epsilon: float
     peers: dict[str, float]
@@ -95,6 +95,9 @@ class Planned:
 
 def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
     """Return what a recipe would spend at a real site, or at each simulated one.
+
+    A basis of private records is made by one site. A real site may be the one; of the simulated it is the
+    first.
 
     Raises
     ------
@@ -105,30 +108,38 @@ def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
         site = real_site(policy, config)
         # a plan writes nothing: the ledger belongs to whom the SuperNode runs as
         ledger = site.ledger() if site.has_ledger else None
-        return [_planned(site.config, site.policy, site.data(), ledger)]
+        return [_planned(site.config, site.policy, site.data(), ledger, makes_basis=True)]
+    shares = simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed)
+    first = min(data.name for data in shares)
     return [
-        _planned(config, simulated_policy(data.name, config), data, None)
-        for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed)
+        _planned(config, simulated_policy(data.name, config), data, None, makes_basis=data.name == first)
+        for data in shares
     ]
 
 
-def _planned(config: Config, policy: SitePolicy, data: SiteData, ledger: Ledger | None) -> Planned:
-    plan = make_plan(config, units=len(data.units), site=policy.site)
+def _planned(
+    config: Config, policy: SitePolicy, data: SiteData, ledger: Ledger | None, *, makes_basis: bool
+) -> Planned:
+    plan, whole = whole_run(
+        config,
+        units=len(data.units),
+        site=policy.site,
+        public_units=policy.public_units,
+        makes_basis=makes_basis,
+    )
     entries = ledger.entries(dataset=policy.dataset, data=data.fingerprint) if ledger is not None else ()
-    whole = [plan.spend(rounds=plan.rounds)]
     return Planned(
         policy=policy,
         plan=plan,
-        entries=entries,
+        held=(*(entry.spend for entry in entries), *whole[:-1]),
         before=spent(entries, delta=policy.max_delta),
         epsilon=epsilon(whole, delta=plan.delta, relation=plan.relation),
         peers=cross_check(whole, delta=plan.delta),
     )
 
 
-def rounds_left(entries: Sequence[Entry], spend: Spend, *, policy: SitePolicy, relation: str) -> int:
-    """Return how many more rounds of a spend the policy's budget allows, at most 10,000."""
-    held = [entry.spend for entry in entries]
+def rounds_left(held: Sequence[Spend], spend: Spend, *, policy: SitePolicy, relation: str) -> int:
+    """Return how many rounds of a spend the policy's budget allows beside others, at most 10,000."""
 
     def allowed(rounds: int) -> bool:
         more = Spend(**{**vars(spend), "steps": spend.steps * rounds})

@@ -22,6 +22,7 @@ from fedllm.config import Config
 from fedllm.errors import DivergedError, FedllmError, MismatchError, PrivacyError, WireError
 from fedllm.evaluation.metrics import bootstrap_interval, majority
 from fedllm.federation.blobs import BlobStore
+from fedllm.federation.booking import book
 from fedllm.federation.local import Start, finish, projected, receive, sketch_layout
 from fedllm.federation.makebasis import WITH_CORE, make_basis, read_basis
 from fedllm.federation.memory import SiteMemory
@@ -40,9 +41,8 @@ from fedllm.federation.records import (
 )
 from fedllm.federation.site import Site, identify, public_reason, use_threads
 from fedllm.federation.site_privacy import hidden_update, round_multiplier
-from fedllm.privacy.ledger import GENESIS
-from fedllm.privacy.plan import PrivacyPlan, authorise, make_plan
-from fedllm.privacy.release import bucketed, require_released
+from fedllm.privacy.plan import PrivacyPlan, make_plan
+from fedllm.privacy.release import require_released
 from fedllm.runs.events import INTERVAL, QUALITY
 from fedllm.training.round import RoundResult, evaluate, train_round
 from fedllm.training.session import Session, SiteTokens, open_session, tokenise
@@ -109,7 +109,12 @@ def _hello(site: Site, notes: Notes, parts: Parts) -> Answer:
     data = site.data()
     books: Notes = {}
     if site.config.privacy.enabled:
-        plan = make_plan(site.config, units=len(data.units), site=site.name)
+        plan = make_plan(
+            site.config,
+            units=len(data.units),
+            site=site.name,
+            public_units=site.policy.public_units,
+        )
         site.policy.require_noise(plan.noise_multiplier)
         site.ledger().entries()
         books = {"ledger_tag": site.ledger_tag}
@@ -131,8 +136,8 @@ def _make_basis(site: Site, notes: Notes, parts: Parts) -> Answer:
     if site.config.adapter.basis in ("gradient", "dp-gradient"):
         # of the site's own records, with no noise on the site as a whole
         site.policy.require_site_noise(0.0)
-    spec = _run_spec(site, notes)
-    return {}, {BASIS: save(make_basis(site, spec, run=str(notes["run"])).tensors)}
+    basis, booked = make_basis(site, _run_spec(site, notes), notes)
+    return booked, {BASIS: save(basis.tensors)}
 
 
 def _keep_basis(site: Site, notes: Notes, parts: Parts) -> Answer:
@@ -164,13 +169,16 @@ def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
         result |= _scores(session, tokens, site, start, records=config.evaluation.records)
     private: PrivacyPlan | None = None
     if config.privacy.enabled:
-        ledger, run, data = site.ledger(), text(notes, "run"), site.data().fingerprint
-        ledger.require_head(text(notes, "ledger") or GENESIS)
-        held = ledger.entries(dataset=site.policy.dataset, data=data)
-        spent = tuple(entry.spend for entry in held if entry.run == run)
-        private = make_plan(config, units=len(tokens.units), site=site.name, round=round, spent=spent)
-        total = authorise(private, policy=site.policy, ledger=ledger, run=run, round=round, data=data)
-        result |= {"epsilon": bucketed(total), "ledger": ledger.head}
+        held = site.ledger().entries(dataset=site.policy.dataset, data=site.data().fingerprint)
+        private = make_plan(
+            config,
+            units=len(tokens.units),
+            site=site.name,
+            public_units=site.policy.public_units,
+            round=round,
+            spent=tuple(entry.spend for entry in held if entry.run == text(notes, "run")),
+        )
+        result |= book(site, notes, private, round=round)
     try:
         trained = train_round(
             session,

@@ -18,7 +18,7 @@ from fedllm.models.dtype import base_dtype
 from fedllm.models.load import load_config
 from fedllm.models.shapes import count_parameters
 from fedllm.privacy.accounting import epsilon
-from fedllm.privacy.plan import PrivacyPlan, make_plan
+from fedllm.privacy.plan import PrivacyPlan, whole_run
 from fedllm.training.spec import adapter_spec
 from fedllm.wire import encode
 
@@ -85,7 +85,8 @@ def estimate(config: Config) -> Estimate:
     if config.data.source != "file" or config.data.path:
         federation, fold = config.federation, config.evaluation.fold
         shares = simulated_sites(config.data, sites=federation.sites, seed=config.run.seed, fold=fold)
-        sites = tuple(_site(config, data) for data in shares)
+        first = min(data.name for data in shares)
+        sites = tuple(_site(config, data, makes_basis=data.name == first) for data in shares)
     return Estimate(**vars(found), memory_mib=_memory(config, found.trained), sites=sites)
 
 
@@ -160,11 +161,11 @@ def _round(config: Config, rule: Rule, state: AdapterState, round: int) -> tuple
     return up, down
 
 
-def _site(config: Config, data: SiteData) -> SiteEstimate:
+def _site(config: Config, data: SiteData, *, makes_basis: bool) -> SiteEstimate:
     if not config.privacy.enabled:
         return SiteEstimate(name=data.name, records=len(data.train), plan=None, epsilon=0.0)
-    plan = make_plan(config, units=len(data.units), site=data.name)
-    spent = epsilon([plan.spend(rounds=config.federation.rounds)], delta=plan.delta, relation=plan.relation)
+    plan, whole = whole_run(config, units=len(data.units), site=data.name, makes_basis=makes_basis)
+    spent = epsilon(whole, delta=plan.delta, relation=plan.relation)
     return SiteEstimate(name=data.name, records=len(data.train), plan=plan, epsilon=spent)
 
 

@@ -139,6 +139,8 @@ class Intake:
         run, peer = self.run, reply.peer
         if text(reply.notes, "site") != peer.name:
             raise RunError(f"site {peer.name}: the reply carries another site's name.")
+        # before anything else: what is set aside now was booked and seen, too
+        run.note_head(reply)
         weights = text(reply.notes, "weights", limit=64)
         if weights != run.weights:
             raise RunError(
@@ -150,10 +152,7 @@ class Intake:
             if not examples or examples < 1:
                 raise RunError(f"site {peer.name}: sent no number of examples.")
             weight = examples
-        update = Update(site=peer.name, state=self.read(reply), weight=weight)
-        head = text(reply.notes, "ledger", limit=64)
-        run.heads.note(run.ledger_of(peer.name), head, simulated=run.simulated)
-        return update
+        return Update(site=peer.name, state=self.read(reply), weight=weight)
 
 
 def common_weights(replies: Sequence[Reply]) -> str:

@@ -14,10 +14,12 @@ from fedllm.config import Config
 from fedllm.data.encode import Encoded
 from fedllm.data.sites import site_from_file
 from fedllm.errors import BudgetError, WireError
+from fedllm.federation.booking import book
+from fedllm.federation.records import Notes
 from fedllm.federation.site import Site
 from fedllm.models.load import load_base
 from fedllm.privacy.entropy import SecureGenerator
-from fedllm.privacy.plan import PrivacyPlan, authorise, basis_plan
+from fedllm.privacy.plan import PrivacyPlan, basis_plan, whole_run
 from fedllm.training.basis import weight_gradients
 from fedllm.training.session import tokenise
 from fedllm.training.steps import learning_rate
@@ -26,8 +28,8 @@ from fedllm.training.steps import learning_rate
 WITH_CORE = ("gradient", "public-gradient")
 
 
-def make_basis(site: Site, spec: AdapterSpec, *, run: str) -> Basis:
-    """Return the basis a recipe asks for.
+def make_basis(site: Site, spec: AdapterSpec, notes: Notes) -> tuple[Basis, Notes]:
+    """Return the basis a recipe asks for, and what the reply says of its cost.
 
     ``public-svd`` reads the base weights alone, ``public-gradient`` public records, ``gradient`` the
     site's private ones in the clear, and ``dp-gradient`` private ones through one more Gaussian
@@ -36,7 +38,9 @@ def make_basis(site: Site, spec: AdapterSpec, *, run: str) -> Basis:
     Raises
     ------
     BudgetError
-        If the site's policy does not allow it, or names no public records.
+        If the site's policy does not allow it or the rounds after it, or names no public records.
+    PrivacyError
+        If the ledger lacks a row that the server has seen.
     """
     config, kind = site.config, site.config.adapter.basis
     if kind == "public-svd":
@@ -45,15 +49,15 @@ def make_basis(site: Site, spec: AdapterSpec, *, run: str) -> Basis:
             module: base.get_submodule(module).get_parameter("weight").detach().float().cpu().numpy()
             for module in spec.shapes
         }
-        return svd_basis(weights, rank=spec.rank)
-    units, plan = _units(site, config, run)
+        return svd_basis(weights, rank=spec.rank), {}
+    units, plan, booked = _units(site, config, notes)
     gradients = weight_gradients(config, spec, units, plan=plan)
     total = config.train.local_steps * config.federation.rounds
     step = learning_rate(config.train, step=0, total=total) if kind in WITH_CORE else None
-    return gradient_basis(gradients, rank=spec.rank, step=step)
+    return gradient_basis(gradients, rank=spec.rank, step=step), booked
 
 
-def _units(site: Site, config: Config, run: str) -> tuple[list[list[Encoded]], PrivacyPlan | None]:
+def _units(site: Site, config: Config, notes: Notes) -> tuple[list[list[Encoded]], PrivacyPlan | None, Notes]:
     count = config.adapter.basis_records
     if config.adapter.basis == "public-gradient":
         path = site.public_path
@@ -64,16 +68,17 @@ def _units(site: Site, config: Config, run: str) -> tuple[list[list[Encoded]], P
             )
         settings = replace(config.data, heldout=0.0, unit="")
         public = site_from_file(settings, path=path, name=site.name, seed=config.run.seed)
-        return [[record] for record in tokenise(public, config).train[:count]], None
-    data, tokens = site.data(), tokenise(site.data(), config)
+        return [[record] for record in tokenise(public, config).train[:count]], None, {}
+    tokens = tokenise(site.data(), config)
     if config.adapter.basis == "gradient":
         site.policy.require(config.privacy)
-        return [[record] for record in tokens.train[:count]], None
-    plan = basis_plan(config, units=len(tokens.units), site=site.name)
-    ledger = site.ledger()
-    authorise(plan, policy=site.policy, ledger=ledger, run=run, round=0, data=data.fingerprint)
+        return [[record] for record in tokens.train[:count]], None, {}
+    known = {"units": len(tokens.units), "site": site.name, "public_units": site.policy.public_units}
+    plan = basis_plan(config, **known)
+    _, (_, rounds) = whole_run(config, **known, makes_basis=True)
+    booked = book(site, notes, plan, round=0, ahead=(rounds,))
     units = tokens.units_of_records
-    return [units[unit] for unit in plan.draw(SecureGenerator()) if units[unit]], plan
+    return [units[unit] for unit in plan.draw(SecureGenerator()) if units[unit]], plan, booked
 
 
 def read_basis(payload: bytes, spec: AdapterSpec, *, with_core: bool) -> Basis:

@@ -130,10 +130,19 @@ class ServerRun:
         found = []
         for peer in peers:
             notes, parts = sender.message(peer.name, peer.rank, plan)
-            if self.config.privacy.enabled:
-                notes["ledger"] = self.heads.seen(self.ledger_of(peer.name), simulated=self.simulated)
-            found.append((peer, self.notes(peer, round=round, **notes, **more), parts))
+            found.append((peer, self.notes(peer, round=round, **notes, **self.seen(peer), **more), parts))
         return found
+
+    def seen(self, peer: Peer) -> dict[str, Note]:
+        """Return the newest hash of a site's ledger, where the run is private."""
+        if not self.config.privacy.enabled:
+            return {}
+        return {"ledger": self.heads.seen(self.ledger_of(peer.name), simulated=self.simulated)}
+
+    def note_head(self, reply: Reply) -> None:
+        """Remember the hash of a site's ledger that its reply names, even if nothing else of it is used."""
+        head = text(reply.notes, "ledger", limit=64)
+        self.heads.note(self.ledger_of(reply.peer.name), head, simulated=self.simulated)
 
 
 def start_run(config: Config, folder: RunFolder) -> ServerRun:
@@ -408,8 +417,9 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
     if run.basis is None:
         for name in sorted(run.peers):
             peer = run.peers[name]
-            asked = [(peer, pack(run.notes(peer)))]
+            asked = [(peer, pack(run.notes(peer, **run.seen(peer))))]
             (reply,) = counted(run, grid, asked, stage="basis", kind="query.make_basis", round=0)
+            run.note_head(reply)
             if not reply.reason and BASIS in reply.parts:
                 _take_basis(run, read_basis(reply.parts[BASIS], run.spec, with_core=with_core))
                 break

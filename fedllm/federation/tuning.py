@@ -74,6 +74,8 @@ def require_tunable(configs: Sequence[Config]) -> None:
             raise ConfigError(
                 f"fedllm tune accounts for privacy.relation={ADD_OR_REMOVE} without privacy.batch_cap alone."
             )
+        if config.adapter.basis == "dp-gradient":
+            raise ConfigError("fedllm tune does not account for adapter.basis=dp-gradient.")
         if not config.data.labelled:
             raise ConfigError("fedllm tune chooses by accuracy, and data.task=generate has none.")
         flat, other = config.to_flat(), first.to_flat()

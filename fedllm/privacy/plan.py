@@ -46,6 +46,9 @@ class PrivacyPlan:
         What neighbouring data sets are; see :data:`fedllm.privacy.accounting.RELATIONS`.
     discrete : bool
         Sum and noise live on a grid of integers.
+    public_units : int
+        Number of units that the site makes public, from which all but ``units`` follows, so that nothing
+        that leaves tells the true one; 0: the true one counts as public.
     """
 
     noise_multiplier: float
@@ -59,6 +62,7 @@ class PrivacyPlan:
     relation: str
     cap: int = 0
     discrete: bool = False
+    public_units: int = 0
 
     @property
     def sensitivity(self) -> float:
@@ -124,12 +128,20 @@ class PrivacyPlan:
 
 
 def make_plan(
-    config: Config, *, units: int, site: str, round: int = 1, spent: tuple[Spend, ...] = ()
+    config: Config,
+    *,
+    units: int,
+    site: str,
+    public_units: int = 0,
+    round: int = 1,
+    spent: tuple[Spend, ...] = (),
 ) -> PrivacyPlan:
     """Derive a site's plan from the recipe and its own number of training units.
 
     Parameters
     ----------
+    public_units : int
+        From a site's policy: rate, noise and refusals follow from this number and not from ``units``.
     round : int
         The round about to start, from 1.
     spent : tuple[Spend, ...]
@@ -143,16 +155,17 @@ def make_plan(
         If delta is not below 1/n, or the batch is not smaller than the data set.
     """
     privacy, train, rounds = config.privacy, config.train, config.federation.rounds
-    require_delta(privacy.delta, records=units, site=site)
+    count = public_units or units
+    require_delta(privacy.delta, records=count, site=site)
     batch = train.batch_size * train.accumulation
-    if batch >= units:
+    if batch >= count:
         raise PrivacyError(
             f"site {site}: a batch of {batch} records (train.batch_size x train.accumulation) is not "
             "below its number of training records, so sampling cannot be private; use a smaller batch.",
             public=f"site {site}: the batch is too large for its number of records; use a smaller one.",
         )
-    rate, steps = batch / units, train.local_steps
-    cap = batch_cap(records=units, rate=rate, delta=privacy.delta) if privacy.batch_cap else 0
+    rate, steps = batch / count, train.local_steps
+    cap = batch_cap(records=count, rate=rate, delta=privacy.delta) if privacy.batch_cap else 0
     sigma = privacy.noise_multiplier
     if not sigma:
         late = sum(spend.steps for spend in spent) > steps * (round - 1)
@@ -163,7 +176,7 @@ def make_plan(
             steps=steps * (rounds - round + 1 if late else rounds),
             prior=spent if late else (),
             cap=cap,
-            records=units if cap else 0,
+            records=count if cap else 0,
             relation=privacy.relation,
         )
     return PrivacyPlan(
@@ -178,10 +191,11 @@ def make_plan(
         relation=privacy.relation,
         cap=cap,
         discrete=privacy.noise == "discrete-gaussian",
+        public_units=public_units,
     )
 
 
-def basis_plan(config: Config, *, units: int, site: str) -> PrivacyPlan:
+def basis_plan(config: Config, *, units: int, site: str, public_units: int = 0) -> PrivacyPlan:
     """Return the plan of one noised sum over about ``adapter.basis_records`` units (dp-gradient).
 
     Raises
@@ -189,9 +203,10 @@ def basis_plan(config: Config, *, units: int, site: str) -> PrivacyPlan:
     PrivacyError
         If delta is not below 1/n, or more records are expected than there are.
     """
-    require_delta(config.privacy.delta, records=units, site=site)
+    count = public_units or units
+    require_delta(config.privacy.delta, records=count, site=site)
     expected = config.adapter.basis_records
-    if expected >= units:
+    if expected >= count:
         raise PrivacyError(
             f"site {site}: adapter.basis_records={expected} is not below its number of training records.",
             public=f"site {site}: adapter.basis_records is too large for its number of records.",
@@ -200,18 +215,43 @@ def basis_plan(config: Config, *, units: int, site: str) -> PrivacyPlan:
         noise_multiplier=config.adapter.basis_noise,
         clipping_norm=config.privacy.clipping_norm,
         units=units,
-        sample_rate=expected / units,
+        sample_rate=expected / count,
         expected_batch=float(expected),
         local_steps=1,
         rounds=0,
         delta=config.privacy.delta,
         relation=config.privacy.relation,
         discrete=config.privacy.noise == "discrete-gaussian",
+        public_units=public_units,
     )
 
 
+def whole_run(
+    config: Config, *, units: int, site: str, public_units: int = 0, makes_basis: bool
+) -> tuple[PrivacyPlan, tuple[Spend, ...]]:
+    """Return a site's plan, and all that a run without interruption spends there.
+
+    Parameters
+    ----------
+    makes_basis : bool
+        Whether the site is the one that makes the basis for all, which dp-gradient spends for.
+    """
+    before: tuple[Spend, ...] = ()
+    if makes_basis and config.adapter.basis == "dp-gradient":
+        before = (basis_plan(config, units=units, site=site, public_units=public_units).spend(),)
+    plan = make_plan(config, units=units, site=site, public_units=public_units, spent=before)
+    return plan, (*before, plan.spend(rounds=plan.rounds))
+
+
 def authorise(
-    plan: PrivacyPlan, *, policy: SitePolicy, ledger: Ledger, run: str, round: int, data: str
+    plan: PrivacyPlan,
+    *,
+    policy: SitePolicy,
+    ledger: Ledger,
+    run: str,
+    round: int,
+    data: str,
+    ahead: tuple[Spend, ...] = (),
 ) -> float:
     """Book one round if the site's policy and budget allow it, and return the run's epsilon after it.
 
@@ -224,6 +264,8 @@ def authorise(
     data : str
         Fingerprint of the training records. Spends on the same records count whatever name the
         policy had for them.
+    ahead : tuple[Spend, ...]
+        What the run will spend beside this plan's own rounds.
 
     Raises
     ------
@@ -231,9 +273,9 @@ def authorise(
         If the projection exceeds the policy's largest epsilon; nothing is booked then.
     """
     policy.require_noise(plan.noise_multiplier)
-    policy.require_delta(plan.units)
+    policy.require_delta(plan.public_units or plan.units)
     # round 0 makes a basis and is no round of the plan's
-    planned = plan.spend(rounds=max(1, plan.rounds - round + 1))
+    planned = (plan.spend(rounds=max(1, plan.rounds - round + 1)), *ahead)
 
     def ours(entries: Iterable[Entry]) -> list[Entry]:
         return [entry for entry in entries if entry.dataset == policy.dataset or entry.data == data]
@@ -244,10 +286,10 @@ def authorise(
         limit = policy.max_epsilon * (1 + 1e-6)
         # what was promised under a stricter relation stays promised
         for relation in {plan.relation, *(entry.relation for entry in held)}:
-            if not within([*spent, planned], delta=policy.max_delta, limit=limit, relation=relation):
+            if not within([*spent, *planned], delta=policy.max_delta, limit=limit, relation=relation):
                 projected, before = (
                     epsilon(total, delta=policy.max_delta, relation=relation)
-                    for total in ([*spent, planned], spent)
+                    for total in ([*spent, *planned], spent)
                 )
                 raise BudgetError(
                     f"site {policy.site}: budget exhausted. {before:.2f} of epsilon {policy.max_epsilon:g} "

@@ -49,6 +49,10 @@ class SitePolicy:
         real site.
     public_path : str
         A file of public records of the same kind, for ``adapter.basis=public-gradient``.
+    public_units : int
+        A number of training units that may be known, near the true one: sample rate, noise and refusals
+        follow from it, so that nothing that leaves tells the true number. 0: the true one does, and counts
+        as public.
     max_rank : int
         Largest adapter rank the site trains; 0: whatever the recipe asks for.
     model_path : str
@@ -72,6 +76,7 @@ class SitePolicy:
     dataset: str = "records"
     heldout_path: str = ""
     public_path: str = ""
+    public_units: int = 0
     max_rank: int = 0
     model_path: str = ""
 
@@ -99,6 +104,11 @@ class SitePolicy:
             raise BudgetError(
                 f"site {self.site}: privacy.epsilon={privacy.epsilon:g} exceeds its policy's "
                 f"{self.max_epsilon:g}."
+            )
+        if self.public_units and privacy.batch_cap:
+            raise BudgetError(
+                f"site {self.site}: privacy.batch_cap is accounted for with the true number of units, and "
+                "its policy's public_units keeps that number to itself."
             )
 
     def require_site_noise(self, share: float) -> None:
@@ -183,6 +193,8 @@ def load_policy(path: Path) -> SitePolicy:
             f"{path}: site = '{values['site']}' cannot name a site: use at most 64 letters, digits, blanks, "
             f"'.', '_' and '-', and none of the words {', '.join(RESERVED)}."
         )
+    if values.get("public_units", 0) < 0:
+        raise ConfigError(f"{path}: public_units must not be below 0.")
     for key in ("data_path", "heldout_path", "public_path", "state_dir", "model_path"):
         if values.get(key) or key == "state_dir":
             values[key] = str(path.parent / values.get(key, "state"))

@@ -1,0 +1,41 @@
+"""What a site books before it releases anything made of its private records."""
+
+from __future__ import annotations
+
+from fedllm.federation.records import Notes, text
+from fedllm.federation.site import Site
+from fedllm.privacy.accounting import Spend
+from fedllm.privacy.ledger import GENESIS
+from fedllm.privacy.plan import PrivacyPlan, authorise
+from fedllm.privacy.release import bucketed
+
+
+def book(site: Site, notes: Notes, plan: PrivacyPlan, *, round: int, ahead: tuple[Spend, ...] = ()) -> Notes:
+    """Book one round in the site's ledger, and return what the reply says of it.
+
+    Parameters
+    ----------
+    notes : Notes
+        The server's message: the run, and the newest hash of the ledger that the server has seen.
+    ahead : tuple[Spend, ...]
+        What the run will spend beside the plan's own rounds.
+
+    Raises
+    ------
+    PrivacyError
+        If the ledger lacks the row whose hash the server has seen; nothing is booked then.
+    BudgetError
+        If the policy or the budget does not allow the rest of the run; nothing is booked then.
+    """
+    ledger = site.ledger()
+    ledger.require_head(text(notes, "ledger") or GENESIS)
+    total = authorise(
+        plan,
+        policy=site.policy,
+        ledger=ledger,
+        run=text(notes, "run"),
+        round=round,
+        data=site.data().fingerprint,
+        ahead=ahead,
+    )
+    return {"epsilon": bucketed(total), "ledger": ledger.head}
