@@ -109,7 +109,7 @@ def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
         # a plan writes nothing: the ledger belongs to whom the SuperNode runs as
         ledger = site.ledger() if site.has_ledger else None
         return [_planned(site.config, site.policy, site.data(), ledger, makes_basis=True)]
-    shares = simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed)
+    shares = list(simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed))
     first = min(data.name for data in shares)
     return [
         _planned(config, simulated_policy(data.name, config), data, None, makes_basis=data.name == first)

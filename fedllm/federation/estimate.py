@@ -84,7 +84,7 @@ def estimate(config: Config) -> Estimate:
     sites: tuple[SiteEstimate, ...] = ()
     if config.data.source != "file" or config.data.path:
         federation, fold = config.federation, config.evaluation.fold
-        shares = simulated_sites(config.data, sites=federation.sites, seed=config.run.seed, fold=fold)
+        shares = list(simulated_sites(config.data, sites=federation.sites, seed=config.run.seed, fold=fold))
         first = min(data.name for data in shares)
         sites = tuple(_site(config, data, makes_basis=data.name == first) for data in shares)
     return Estimate(**vars(found), memory_mib=_memory(config, found.trained), sites=sites)

@@ -37,7 +37,7 @@ PRIVATE: dict[str, Any] = {
     "train.local_steps": 2,
     "federation.rounds": 3,
 }
-BASIS = {"adapter.basis": "dp-gradient", "adapter.basis_records": 6, "adapter.basis_noise": 0.7}
+BASIS = {"adapter.basis": "dp-gradient", "adapter.basis_records": 20, "adapter.basis_noise": 0.7}
 
 
 @pytest.fixture
@@ -119,11 +119,11 @@ def test_plans_and_estimates_count_what_the_basis_costs(policy: Path) -> None:
     (planned,) = planned_sites(asked(policy).config, policy)
     assert planned.epsilon == pytest.approx(epsilon(spends, delta=1e-4))
     assert planned.held == spends[:1]
-    assert planned.epsilon > epsilon(spends[1:], delta=1e-4) + 0.1
+    assert planned.epsilon > epsilon(spends[1:], delta=1e-4) + 0.05
     config = private(data__source="mcc", **{key.replace(".", "__"): value for key, value in BASIS.items()})
     first, *others = (found.epsilon for found in estimate(config).sites)
     # one site makes it, the first
-    assert first > max(others) + 0.1
+    assert first > max(others) + 0.01
     with pytest.raises(ConfigError, match="does not account for adapter.basis=dp-gradient"):
         require_tunable([config.replace(data__heldout_public=True)])
 
