@@ -184,11 +184,8 @@ def _records(
                 if config.data.heldout_public
                 else ()
             ),
-            *(
-                ()
-                if privacy.noise_multiplier
-                else ("Roughly how many records a site has: it shapes the noise and the epsilon reported.",)
-            ),
+            "How many units a site has, unless its policy makes another number public (public_units): "
+            "sample rate, noise and refusals follow from it.",
             "A unit with records at several sites: it spends at each, at most the sum of the epsilons.",
             "What was learnt by trying other settings on private records: no epsilon here counts it.",
         ),
