@@ -35,6 +35,13 @@ def require_together(config: Config) -> None:
                 "strategy.weighting=examples: example counts depend on private records and are not "
                 "sent in a private run; use uniform."
             )
+    if config.evaluation.noise_multiplier and not (
+        privacy.enabled and data.labelled and not data.heldout_public
+    ):
+        raise ConfigError(
+            "evaluation.noise_multiplier: counts of right labels on private held-out records; it needs "
+            "privacy.enabled=true, data.heldout_public=false and a data.task with labels."
+        )
     if config.train.optimizer == "adam-bc" and not privacy.enabled:
         raise ConfigError("train.optimizer=adam-bc corrects for noise; it needs privacy.enabled=true.")
     if data.source == "hub" and not data.name:

@@ -370,6 +370,12 @@ class EvaluationSettings:
     fold: str = setting(
         "test", "which half of the held-out records is scored", choices=("test", "validation")
     )
+    noise_multiplier: float = setting(
+        0.0,
+        "private runs: noise on the counts of right answers to private held-out records, relative to what "
+        "one record changes; 0: nothing measured on them leaves",
+        minimum=0.0,
+    )
     generate: bool = setting(
         False, "free text: also write an answer to each held-out record and compare it with the reference"
     )

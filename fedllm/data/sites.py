@@ -132,6 +132,7 @@ def site_from_file(
     seed: int,
     fold: str = "test",
     heldout_path: str = "",
+    private_heldout_path: str = "",
     lenient: bool = False,
 ) -> SiteData:
     """Return a real site's records: all of its own file.
@@ -143,6 +144,9 @@ def site_from_file(
     ----------
     heldout_path : str
         A file of public records to evaluate on; the site's own then all train.
+    private_heldout_path : str
+        A file of private records to evaluate on. In a private run neither file has a say in which
+        records of the other are used.
     lenient : bool
         Count every row of the file, whatever the server's settings: none is held out or dropped for
         being like another, and those that cannot be used, or are among the public ones, do not train.
@@ -161,6 +165,9 @@ def site_from_file(
         public = load_records(dataclasses.replace(own, path=heldout_path, unit=""))
         train, heldout = _examples(records), _examples(public)
         own, records = dataclasses.replace(own, heldout_public=True), public
+    elif private_heldout_path:
+        apart = load_records(dataclasses.replace(own, path=private_heldout_path), lenient=lenient)
+        train, heldout = _examples(records), _examples(apart)
     else:
         train, heldout = split(_examples(records), by_unit=bool(own.unit), share=own.heldout, seed=seed)
     # labels that only private records have are nobody's to score
@@ -200,7 +207,7 @@ def _site_data(
 ) -> SiteData:
     # The side that yields must not tell of the other: public metrics must not depend on private
     # records, and training on private records not on further private ones.
-    if lenient:
+    if lenient and data.heldout_public:
         public = {normalised(example.text) for example in heldout}
         train = [
             dataclasses.replace(one, usable=one.usable and normalised(one.text) not in public)
@@ -208,7 +215,7 @@ def _site_data(
         ]
     elif data.heldout_public:
         train = _without(train, heldout)
-    else:
+    elif not lenient:
         heldout = _without(heldout, train)
     by_unit = bool(data.unit)
     first_half = fold == "test"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedllm.federation.records import Notes, text
 from fedllm.federation.site import Site
 from fedllm.privacy.accounting import Spend
@@ -10,7 +12,16 @@ from fedllm.privacy.plan import PrivacyPlan, authorise
 from fedllm.privacy.release import bucketed
 
 
-def book(site: Site, notes: Notes, plan: PrivacyPlan, *, round: int, ahead: tuple[Spend, ...] = ()) -> Notes:
+def book(
+    site: Site,
+    notes: Notes,
+    plan: PrivacyPlan,
+    *,
+    round: int,
+    ahead: tuple[Spend, ...] = (),
+    dataset: str = "",
+    data: str = "",
+) -> Notes:
     """Book one round in the site's ledger, and return what the reply says of it.
 
     Parameters
@@ -19,6 +30,8 @@ def book(site: Site, notes: Notes, plan: PrivacyPlan, *, round: int, ahead: tupl
         The server's message: the run, and the newest hash of the ledger that the server has seen.
     ahead : tuple[Spend, ...]
         What the run will spend beside the plan's own rounds.
+    dataset, data : str
+        Name and fingerprint of the records; default: the policy's, and those that train.
 
     Raises
     ------
@@ -31,11 +44,11 @@ def book(site: Site, notes: Notes, plan: PrivacyPlan, *, round: int, ahead: tupl
     ledger.require_head(text(notes, "ledger") or GENESIS)
     total = authorise(
         plan,
-        policy=site.policy,
+        policy=replace(site.policy, dataset=dataset or site.policy.dataset),
         ledger=ledger,
         run=text(notes, "run"),
         round=round,
-        data=site.data().fingerprint,
+        data=data or site.data().fingerprint,
         ahead=ahead,
     )
     return {"epsilon": bucketed(total), "ledger": ledger.head}

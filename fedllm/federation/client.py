@@ -26,6 +26,7 @@ from fedllm.federation.booking import book
 from fedllm.federation.local import Start, finish, projected, receive, sketch_layout
 from fedllm.federation.makebasis import WITH_CORE, make_basis, read_basis
 from fedllm.federation.memory import SiteMemory
+from fedllm.federation.noised import noised_counts
 from fedllm.federation.records import (
     ADAPTER,
     BASIS,
@@ -226,7 +227,7 @@ def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
     if plan.personal:
         _export_personal(site, session, start)
     if not site.metrics_may_leave:
-        return result, {}
+        return result | noised_counts(site, notes, session, tokens, start), {}
     records = config.evaluation.final_records
     result |= _scores(session, tokens, site, start, records=records, interval=True)
     result |= _scores(session, tokens, site, None, records=records, prefix="base_", interval=True)

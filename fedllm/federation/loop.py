@@ -21,6 +21,7 @@ from fedllm.aggregation.diagnostics import diagnose
 from fedllm.aggregation.rule import branches_of, product_of, start_for, trained_names
 from fedllm.config import Config
 from fedllm.errors import FedllmError, RunError, WireError
+from fedllm.federation.counts import noised_accuracies
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.local import named_payloads, restart_state
 from fedllm.federation.outgoing import read_update
@@ -345,16 +346,21 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
         try:
             if reply.reason:
                 raise RunError(reply.reason)
+            run.note_head(reply)
+            notes = reply.notes | noised_accuracies(
+                reply.notes, noise_multiplier=run.config.evaluation.noise_multiplier
+            )
             for stage, prefix in (("base", "base_"), ("final", "")):
                 append_event(
                     run.folder,
                     "evaluated",
                     stage=stage,
                     site=reply.peer.name,
-                    records=int(number(reply.notes, "records") or 0),
-                    majority_accuracy=number(reply.notes, "majority_accuracy"),
-                    majority_macro_f1=number(reply.notes, "majority_macro_f1"),
-                    **{name: number(reply.notes, f"{prefix}{name}") for name in (*QUALITY, *INTERVAL)},
+                    records=int(number(notes, "records") or 0),
+                    majority_accuracy=number(notes, "majority_accuracy"),
+                    majority_macro_f1=number(notes, "majority_macro_f1"),
+                    heldout_epsilon=number(notes, "heldout_epsilon"),
+                    **{name: number(notes, f"{prefix}{name}") for name in (*QUALITY, *INTERVAL)},
                 )
             done += 1
         except FedllmError as error:

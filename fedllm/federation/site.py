@@ -64,6 +64,7 @@ class Site:
             data,
             path=self.policy.data_path,
             heldout_path=self.policy.heldout_path,
+            private_heldout_path=self.policy.private_heldout_path,
             name=self.name,
             seed=self.config.run.seed,
             fold=self.config.evaluation.fold,

@@ -226,6 +226,26 @@ def basis_plan(config: Config, *, units: int, site: str, public_units: int = 0) 
     )
 
 
+def counts_plan(config: Config, *, counts: int) -> PrivacyPlan:
+    """Return the plan of some counts over all held-out records, released once (Gaussian mechanism).
+
+    A record adds at most one to each count: the clipping norm is the square root of their number. All
+    records count, and nothing follows from how many there are.
+    """
+    return PrivacyPlan(
+        noise_multiplier=config.evaluation.noise_multiplier,
+        clipping_norm=counts**0.5,
+        units=1,
+        sample_rate=1.0,
+        expected_batch=1.0,
+        local_steps=1,
+        rounds=1,
+        delta=config.privacy.delta,
+        relation=config.privacy.relation,
+        discrete=config.privacy.noise == "discrete-gaussian",
+    )
+
+
 def whole_run(
     config: Config, *, units: int, site: str, public_units: int = 0, makes_basis: bool
 ) -> tuple[PrivacyPlan, tuple[Spend, ...]]:

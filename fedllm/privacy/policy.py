@@ -14,6 +14,7 @@ from fedllm.errors import BudgetError, ConfigError
 
 #: Rows of metrics.csv and tables that are not sites.
 RESERVED = ("federation", "all sites")
+_PATHS = ("data_path", "heldout_path", "private_heldout_path", "public_path", "state_dir", "model_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,9 @@ class SitePolicy:
     heldout_path : str
         A file of public records to evaluate on. Without it a private run sends no metric from a
         real site.
+    private_heldout_path : str
+        A file of private records to evaluate on, where ``heldout_path`` names no public ones. Their counts
+        leave with noise and are booked as ``dataset`` with ", held out" after it.
     public_path : str
         A file of public records of the same kind, for ``adapter.basis=public-gradient``.
     public_units : int
@@ -75,6 +79,7 @@ class SitePolicy:
     state_dir: str = "state"
     dataset: str = "records"
     heldout_path: str = ""
+    private_heldout_path: str = ""
     public_path: str = ""
     public_units: int = 0
     max_rank: int = 0
@@ -195,7 +200,9 @@ def load_policy(path: Path) -> SitePolicy:
         )
     if values.get("public_units", 0) < 0:
         raise ConfigError(f"{path}: public_units must not be below 0.")
-    for key in ("data_path", "heldout_path", "public_path", "state_dir", "model_path"):
+    if values.get("heldout_path") and values.get("private_heldout_path"):
+        raise ConfigError(f"{path}: heldout_path and private_heldout_path exclude each other.")
+    for key in _PATHS:
         if values.get(key) or key == "state_dir":
             values[key] = str(path.parent / values.get(key, "state"))
     return SitePolicy(**values)

@@ -18,8 +18,9 @@ class Release:
     treatment : str
         ``free``: does not depend on private records. ``bucketed``: rounded, see ``reason``.
         ``public``: computed on held-out records that their owner declares public, with an adapter
-        that is already private. ``salted``: a hash that hides what it stands
-        for. ``simulated``: leaves simulated sites only, whose records the coordinator holds anyway.
+        that is already private. ``accounted``: noised by a mechanism of its own, which the ledger
+        books. ``salted``: a hash that hides what it stands for. ``simulated``: leaves simulated
+        sites only, whose records the coordinator holds anyway.
     """
 
     treatment: str
@@ -53,6 +54,11 @@ RELEASES: dict[str, Release] = {
     "weights": Release("free", "fingerprint of the base model"),
     "error": Release("free", "reason of a refusal, freed of records, counts and folders"),
     "epsilon": Release("bucketed", "spent in this run, rounded up to hundredths"),
+    **dict.fromkeys(
+        ("noised_records", "noised_right", "noised_base_right"),
+        Release("accounted", "counts over private held-out records, with Gaussian noise"),
+    ),
+    "heldout_epsilon": Release("bucketed", "spent on the held-out records, rounded up to hundredths"),
     "ledger": Release("salted", "hash of the ledger's newest row"),
     "ledger_tag": Release("free", "hash of the site's and the data set's names"),
     "data": Release("simulated", "fingerprint of the records"),

@@ -43,7 +43,7 @@ INTERVAL = ("interval_low", "interval_high")
 #: Fields that older runs have not written; where they are absent they are None.
 _LATER = {
     "site_reply": QUALITY[3:],
-    "evaluated": (*QUALITY[3:], *INTERVAL),
+    "evaluated": (*QUALITY[3:], *INTERVAL, "heldout_epsilon"),
     "site_noise": ("epsilon_sites", "epsilon_coordinator"),
 }
 
@@ -102,6 +102,7 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
             **dict.fromkeys(INTERVAL, float | None),
             "majority_accuracy": float | None,
             "majority_macro_f1": float | None,
+            "heldout_epsilon": float | None,
         },
         "run_resumed": {"round": int},
         "warning": {"text": str},

@@ -77,20 +77,25 @@ class RoundMetrics:
 
 def metrics_withheld(config: Config) -> bool:
     """Return whether sites of this run keep their held-out metrics to themselves."""
-    return config.private_replies and not config.data.heldout_public
+    shown = config.data.heldout_public or config.evaluation.noise_multiplier > 0
+    return config.private_replies and not shown
 
 
 def as_told(config: Config, events: Iterable[Event]) -> Config:
     """Return a run's settings with what its sites made of ``data.heldout_public``.
 
     Real sites decide by their own policies (``heldout_path``), whatever the recipe says: where metrics of
-    a private run came, the records they were measured on are public ones.
+    a private run came that no noise was accounted for, the records they were measured on are public ones.
     """
-    if not metrics_withheld(config):
+    if not config.private_replies or config.data.heldout_public:
         return config
-    seen = (event for event in events if event["event"] in ("site_reply", "evaluated"))
+    seen = [
+        event
+        for event in events
+        if event["event"] in ("site_reply", "evaluated") and event.get("heldout_epsilon") is None
+    ]
     came = any(event.get(name) is not None for event in seen for name in QUALITY)
-    return config.replace(data__heldout_public=True) if came else config
+    return config.replace(data__heldout_public=True, evaluation__noise_multiplier=0.0) if came else config
 
 
 def measured(config: Config) -> tuple[str, ...]:
