@@ -17,7 +17,7 @@ from fedllm.runs.manifest import read_manifest
 from fedllm.runs.measures import Metric, judged_by
 from fedllm.runs.metrics import as_told, metrics_withheld
 from fedllm.runs.privacy_text import privacy_statement
-from fedllm.runs.sites import site_summaries
+from fedllm.runs.sites import site_summaries, total
 from fedllm.runs.whole_sites import whole_sites_spent
 
 _TASKS = {"classify": "classification", "choose": "multiple choice", "generate": "free text"}
@@ -152,6 +152,7 @@ def write_card(folder: RunFolder) -> Path:
             epsilons={site.name: site.epsilon for site in sites},
             simulated=manifest["simulated"],
             whole_sites=whole_sites_spent(events),
+            heldout=total(sites).heldout_epsilon,
             limits=site_limits(folder, [site.name for site in sites]),
         ),
     )

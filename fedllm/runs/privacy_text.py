@@ -64,6 +64,7 @@ def privacy_statement(
     simulated: bool | None,
     whole_sites: WholeSites | None = None,
     limits: Mapping[str, Limit] | None = None,
+    heldout: float | None = None,
 ) -> PrivacyStatement:
     """State what a run protects: records (or units), whole sites, both, or nothing.
 
@@ -79,9 +80,11 @@ def privacy_statement(
         Epsilon spent on whole sites; None while none was, or where that is not promised.
     limits : Mapping[str, Limit], optional
         Site -> what its own policy allows, where that is known here.
+    heldout : float or None
+        Largest epsilon of a site's private held-out records, where counts over them left with noise.
     """
     own = (
-        _records(config, epsilons=epsilons, simulated=simulated, limits=limits or {})
+        _records(config, epsilons=epsilons, simulated=simulated, limits=limits or {}, spent=heldout)
         if config.privacy.enabled
         else _no_promise(simulated, hidden=config.site_privacy.at_sites, shown=config.data.heldout_public)
     )
@@ -129,6 +132,7 @@ def _records(
     epsilons: Mapping[str, float | None],
     simulated: bool | None,
     limits: Mapping[str, Limit],
+    spent: float | None,
 ) -> PrivacyStatement:
     privacy = config.privacy
     unit = "one record at a site"
@@ -144,11 +148,16 @@ def _records(
     sampler = f"Poisson, {expected} units a step expected"
     if privacy.batch_cap:
         sampler += "; batches above a bound that a draw passes with probability delta/1000 are cut to it"
-    heldout = (
-        "metrics on held-out records, which the recipe declares public"
-        if config.data.heldout_public
-        else "nothing measured on private records: losses and metrics are withheld"
-    )
+    heldout = "nothing measured on private records: losses and metrics are withheld"
+    if config.data.heldout_public:
+        heldout = "metrics on held-out records, which the recipe declares public"
+    elif config.evaluation.noise_multiplier:
+        heldout = (
+            f"the accuracy on private held-out records, from counts with Gaussian noise (multiplier "
+            f"{config.evaluation.noise_multiplier:g}); those records do not train"
+        )
+        if spent is not None:
+            heldout += f", and spend an epsilon of their own, {spent:.2f} at delta {privacy.delta:g}"
     return PrivacyStatement(
         (
             "Each site clips and noises its gradients before an update leaves it. The guarantee holds "

@@ -109,6 +109,7 @@ def render_report(
             epsilons={site.name: site.epsilon for site in sites},
             simulated=None if joined is None else bool(joined["simulated"]),
             whole_sites=whole_sites_spent(events),
+            heldout=total(sites).heldout_epsilon,
             limits=limits,
         ),
         changed=_changed(config),
@@ -195,6 +196,11 @@ def _sites_note(config: Config, *, withheld: bool) -> str:
     text += "."
     if withheld:
         return f"{text} Withheld: metrics on private held-out records stay at the site."
+    if not config.data.heldout_public:
+        return (
+            f"{text} Records, accuracies and intervals come from counts over private held-out records, to "
+            "which each site added noise."
+        )
     return f"{text} Metrics are on held-out records that the recipe declares public."
 
 

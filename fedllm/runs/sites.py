@@ -25,6 +25,8 @@ class SiteSummary:
         Those of always answering the site's most frequent label.
     interval : tuple[float, float] or None
         95 % interval of the finished adapter's accuracy or exact match.
+    heldout_epsilon : float or None
+        Spent on private held-out records, where counts over them left with noise.
     """
 
     name: str
@@ -34,6 +36,7 @@ class SiteSummary:
     interval: tuple[float, float] | None
     records: int | None
     epsilon: float | None
+    heldout_epsilon: float | None
     bytes_up: int
     bytes_down: int
     answered: int
@@ -85,12 +88,17 @@ def total(sites: Sequence[SiteSummary]) -> SiteSummary:
         final=_means(QUALITY, (site.final for site in sites)),
         interval=None,
         records=sum(records) if records else None,
-        epsilon=max((site.epsilon for site in sites if site.epsilon is not None), default=None),
+        epsilon=_largest(site.epsilon for site in sites),
+        heldout_epsilon=_largest(site.heldout_epsilon for site in sites),
         bytes_up=sum(site.bytes_up for site in sites),
         bytes_down=sum(site.bytes_down for site in sites),
         answered=sum(site.answered for site in sites),
         asked=sum(site.asked for site in sites),
     )
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _means(names: Sequence[str], scores: Iterable[Scores]) -> dict[str, float | None]:
@@ -112,6 +120,7 @@ def _summary(
         interval=None if low is None or high is None else (low, high),
         records=either.get("records"),
         epsilon=max(spent, default=None),
+        heldout_epsilon=final.get("heldout_epsilon"),
         bytes_up=sum(reply["bytes_up"] for reply in replies),
         bytes_down=sum(reply["bytes_down"] for reply in replies),
         answered=len({reply["round"] for reply in replies if reply["accepted"]}),
