@@ -114,7 +114,7 @@ def plan(
 
 
 def _planned_records(config: Config, policy: Path | None) -> Table:
-    from fedllm.federation.budget import planned_sites, rounds_left
+    from fedllm.federation.budget import counts_epsilon, planned_sites, rounds_left
 
     table = Table("site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds left")
     table.box = None
@@ -134,6 +134,9 @@ def _planned_records(config: Config, policy: Path | None) -> Table:
         f"epsilon by PLD at delta {config.privacy.delta:g}, {config.privacy.relation}; PRV and RDP "
         "are the same run by other accountants, add-or-remove-one"
     )
+    heldout = counts_epsilon(config)
+    if heldout is not None:
+        table.caption += f"; counts over private held-out records spend {heldout:.3f} of those records' own"
     table.caption_justify = "left"
     return table
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from fedllm.config import Config
 from fedllm.data.sites import SiteData, simulated_sites
 from fedllm.errors import ConfigError
+from fedllm.federation.counts import COUNTS
 from fedllm.federation.site import real_site, simulated_policy
 from fedllm.privacy.accounting import Spend, cross_check, epsilon, within
 from fedllm.privacy.ledger import Entry, Ledger
-from fedllm.privacy.plan import PrivacyPlan, whole_run
+from fedllm.privacy.plan import PrivacyPlan, counts_plan, whole_run
 from fedllm.privacy.policy import SitePolicy, load_policy
 
 _MOST_ROUNDS = 10_000
@@ -136,6 +137,14 @@ def _planned(
         epsilon=epsilon(whole, delta=plan.delta, relation=plan.relation),
         peers=cross_check(whole, delta=plan.delta),
     )
+
+
+def counts_epsilon(config: Config) -> float | None:
+    """Return what noised counts over private held-out records spend of those, None if there are none."""
+    if not config.evaluation.noise_multiplier:
+        return None
+    plan = counts_plan(config, counts=len(COUNTS))
+    return epsilon([plan.spend()], delta=plan.delta, relation=plan.relation)
 
 
 def rounds_left(held: Sequence[Spend], spend: Spend, *, policy: SitePolicy, relation: str) -> int:

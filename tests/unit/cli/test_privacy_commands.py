@@ -92,6 +92,8 @@ def test_budget_shows_plans_and_verifies(run: Path, tmp_path: Path) -> None:
     assert "lost, rolled back or replaced" in str(wrong.exception)
     assert "nothing has been spent" in str(invoke("budget", "show", str(tmp_path)).exception)
     assert "promises nothing" in str(invoke("budget", "plan", "demo/smoke").exception)
+    counted = invoke("budget", "plan", *RECIPE, "evaluation.noise_multiplier=4")
+    assert "counts over private held-out records spend 0.773" in said(counted)
 
 
 def test_budget_of_a_real_site(tmp_path: Path) -> None:
