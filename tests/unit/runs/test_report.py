@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.manifest import write_manifest
+from fedllm.runs.measures import judged_by
 from fedllm.runs.plots import bytes_plot, epsilon_plot, metric_plot
 from fedllm.runs.privacy_text import best_guess
 from fedllm.runs.report import write_report
@@ -279,6 +280,52 @@ def test_free_text_is_judged_by_its_loss(make_run, reply) -> None:
         "Mean loss on held-out records: tuned 1.500, untuned base 2.000 (lower is better)."
         in page(folder).text
     )
+
+
+def answered(
+    folder: RunFolder, stage: str, *, site: str = "north", records: int = 200, **scores: float
+) -> None:
+    """Write one site's final evaluation of written answers."""
+    append_event(
+        folder,
+        "evaluated",
+        stage=stage,
+        site=site,
+        records=records,
+        majority_accuracy=None,
+        majority_macro_f1=None,
+        **({"loss": 1.0, "accuracy": None, "macro_f1": None} | scores),
+    )
+
+
+def test_extracted_numbers_are_judged_by_exact_match(make_run) -> None:
+    numbers = {"data__task": "generate", "evaluation__generate": True, "evaluation__extract": "number"}
+    folder = make_run(**numbers)
+    answered(folder, "base", exact_match=0.0, token_f1=0.1, rouge_l=0.1)
+    answered(
+        folder,
+        "final",
+        exact_match=0.0,
+        token_f1=0.6,
+        rouge_l=0.6,
+        interval_low=0.0,
+        interval_high=0.04,
+    )
+    words = page(folder).text
+    assert "On average, no." in words
+    assert "Mean exact match on held-out records: tuned 0.0\u00a0%" in words
+    assert "0.0 % (0 to 4)" in words
+    assert "95 % interval of exact match" in words
+    assert list(judged_by(load_config(folder))) == ["exact_match", "token_f1"]
+
+
+def test_an_interval_is_spoken_of_only_where_its_metric_is_shown(make_run) -> None:
+    folder = make_run(data__task="generate", evaluation__generate=True)
+    answered(folder, "base", exact_match=0.0, token_f1=0.1, rouge_l=0.1)
+    answered(folder, "final", exact_match=0.5, token_f1=0.6, rouge_l=0.6, interval_low=0.4, interval_high=0.6)
+    words = page(folder).text
+    assert "Mean token F1 on held-out records: tuned 60.0\u00a0%" in words
+    assert "interval" not in words
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 1e-3))
