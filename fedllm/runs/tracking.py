@@ -26,6 +26,8 @@ PROJECT = "fedllm"
 NUMBERS = ("accepted", "epsilon", "bytes_up", "bytes_down", "seconds")
 #: Most parameters, and most metrics, in one of MLflow's requests, and most characters of a parameter.
 MLFLOW_PARAMS, MLFLOW_METRICS, MLFLOW_TEXT = 100, 1000, 6000
+#: How the address of a database begins; a server's address needs no driver here.
+MLFLOW_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 #: No calls home, no lines between a run's own, and a server that is away holds a round up for seconds: by
 #: itself the client would try for minutes.
 MLFLOW_DEFAULTS = {
@@ -253,19 +255,28 @@ class Tracking:
 
 
 def require_trackers(config: Config) -> None:
-    """Refuse trackers that are not installed.
+    """Refuse trackers that are not installed, or lack a package that they write with.
 
     Raises
     ------
     ConfigError
-        With the command that installs the first one.
+        With the command that installs what the first one lacks.
     """
     for name in trackers(config):
-        if find_spec(name) is None:
+        missing = [package for package in _packages(name) if find_spec(package) is None]
+        if missing:
             raise ConfigError(
-                f"run.tracking: {name} is not installed where the coordinator runs; "
-                f"`pip install {name}`, or leave it out."
+                f"run.tracking: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed "
+                f"where the coordinator runs; `pip install {' '.join(missing)}`, or leave {name} out."
             )
+
+
+def _packages(name: str) -> tuple[str, ...]:
+    """Return what a tracker needs; mlflow-skinny comes without what writes to a database."""
+    if name != "mlflow":
+        return (name,)
+    store = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:"
+    return (name, "sqlalchemy", "alembic") if store.startswith(MLFLOW_DATABASES) else (name,)
 
 
 def shown_settings(config: Config) -> dict[str, Scalar]:

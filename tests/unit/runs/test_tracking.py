@@ -327,6 +327,21 @@ def test_a_package_that_is_missing_is_refused_with_the_command_that_installs_it(
         require_trackers(Config.from_flat({"run.tracking": "tensorboard, wandb"}))
 
 
+def test_mlflow_needs_what_writes_its_database_unless_a_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlflow-skinny alone imports, and then keeps nothing in a database."""
+    config = Config.from_flat({"run.tracking": "mlflow"})
+    found = importlib.util.find_spec("mlflow")
+    monkeypatch.setattr(tracking, "find_spec", lambda name: found if name == "mlflow" else None)
+    for store in ("", "sqlite:////srv/mlflow.db", "mysql+pymysql://user@host/runs"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        with pytest.raises(
+            ConfigError, match="sqlalchemy and alembic are not .* `pip install sqlalchemy alem"
+        ):
+            require_trackers(config)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    require_trackers(config)
+
+
 def test_the_setting_names_trackers_once() -> None:
     found = trackers(Config.from_flat({"run.tracking": " mlflow,none,, tensorboard,mlflow"}))
     assert found == ("mlflow", "tensorboard")
