@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from fedllm.config import PATHS, Config
 from fedllm.runs.audits import KINDS, Audit, read_audits
-from fedllm.runs.charts import audit_chart, round_charts
+from fedllm.runs.charts import audit_chart, round_charts, rounds_note
 from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import Limit, site_limits
@@ -91,6 +91,7 @@ def render_report(
         summary=summarise(config, events, sites),
         tiles=_tiles(config, events, rounds=rounds, sites=sites, absent=absent),
         plots=round_charts(config, rounds),
+        rounds_note=rounds_note(config, rounds),
         columns=_columns(config),
         sites=[{"name": site.name, "cells": _cells(site, config, absent)} for site in sites],
         total={"name": "All sites", "cells": _cells(total(sites), config, absent)},

@@ -419,6 +419,32 @@ def test_epsilon_of_a_reply_set_aside_counts_as_spent(make_run, reply) -> None:
     assert "3.75 of 8" in page(folder).text
 
 
+@pytest.mark.parametrize(
+    ("settings", "measured", "title"),
+    [
+        ({"evaluation__generate": True}, "token_f1", "Held-out token F1"),
+        (
+            {"evaluation__generate": True, "evaluation__extract": "number"},
+            "exact_match",
+            "Held-out exact match",
+        ),
+        ({}, "perplexity", ""),
+    ],
+)
+def test_the_curves_are_loss_and_what_judges_the_run(make_run, reply, settings, measured, title) -> None:
+    folder = make_run(data__task="generate", **settings)
+    for number, score in ((1, 0.25), (2, 0.5)):
+        scores = {"accuracy": None, "macro_f1": None, measured: score}
+        reply(folder, number, "north", **scores)
+    page(folder)
+    source = folder.report_file.read_text(encoding="utf-8")
+    expected = ["Held-out loss", *([title] if title else []), "Bytes, all sites together"]
+    assert re.findall(r"<figcaption>([^<]*)</figcaption>", source) == expected
+    assert source.count("<svg") == len(expected)
+    assert not title or "the mean goes from 25.0 % to 50.0 %" in source
+    assert "round by round" not in source
+
+
 def test_plots_of_many_rounds_and_sites() -> None:
     rounds = list(range(1, 101))
     lines = {f"<{number}>": [number / 60] * 100 for number in range(60)}
@@ -434,4 +460,5 @@ def test_plots_of_many_rounds_and_sites() -> None:
 def test_single_round_with_one_site_and_no_bytes(make_run, reply) -> None:
     folder = make_run(federation__rounds=1)
     reply(folder, 1, "a", accepted=False, reason="", bytes_up=0, bytes_down=0, loss=None, accuracy=None)
-    assert "Not measured round by round." in page(folder).text
+    assert "Not measured round by round (loss and accuracy)." in page(folder).text
+    assert folder.report_file.read_text().count("<figure") == 1
