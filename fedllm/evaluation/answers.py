@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _WORD = re.compile(r"[^\W_]+")
-_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+# behind a word, number or bracket a minus is a dash or subtracts; a comma groups exactly three digits
+_NUMBER = re.compile(r"(?:(?<![\w)%\]])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _MARK = "####"
 _Overlap = Callable[[Sequence[str], Sequence[str]], int]
 
@@ -80,8 +81,9 @@ def common_subsequence(one: Sequence[str], two: Sequence[str]) -> int:
 def final_number(text: str) -> str:
     """Return the number an arithmetic answer ends in: after the last ``####``, else the last one.
 
-    Commas between digits and zeros behind the point are dropped. A text without a number is
-    returned as it is. The mark is that of GSM8K (arXiv 2110.14168).
+    Commas before groups of exactly three digits, and zeros behind the point, are dropped; any other
+    comma ends a number, and a minus right behind another number is no sign. A text without a number
+    is returned as it is. The mark is that of GSM8K (arXiv 2110.14168).
 
     >>> final_number("6 * 7 = 42, so #### 42 apples"), final_number("It is $1,250.00.")
     ('42', '1250')

@@ -2,7 +2,7 @@
 
 ``leaderboard`` repeats what the public evaluation code does, flaws included, so that its figures can
 be compared. ``fixed`` keeps the prompts, and mends reading and scoring: an answer that names no label
-is wrong, a letter counts only where it stands for itself.
+is wrong, a letter counts only where it names an option, and two different ones name none.
 
 Source: github.com/adap/flower, benchmarks/flowertune-llm/evaluation/{finance,medical}. The prompts
 are data of that benchmark (Apache-2.0); the medical ones go back to Meditron's instructions.
@@ -24,8 +24,25 @@ _WORDS = {"sentiment": SENTIMENTS, "boolean": ("yes", "no", "maybe")}
 #: What the leaderboard's parser takes for an answer to a medical question; ``maybe`` is not in it.
 _READABLE = ("a", "b", "c", "d", "e", "yes", "no")
 _CONTINUED = (("yesyes", "yes"), ("nono", "no"), ("yesno", "yes"), ("noyes", "no"))
-# a letter alone, or before what sets it off from a text; "A patient" names no option
-_LETTER = re.compile(r"\W*([A-E])(?=\W*$|[).:,\n])", re.IGNORECASE)
+# where an option is named: it opens a line, follows such a word, or is joined to another letter; and behind
+# it comes the end, a sign, a text that begins with a capital, or what is said of it. "A patient", "B cell"
+# and "C-reactive" name no option
+_LETTER = re.compile(
+    r"""
+    (?: ^\W*
+      | \b (?:answer|option|choice|either|both) s? \b
+        (?:\W+ (?:is|are|would|be|the|correct|best|option|choice|letter) \b)* \W*
+      | (?<=\b[A-E]) \s* (?:[,;/&] | and\b | or\b) \s* (?:(?:and|or)\b \s*)? )
+    ([A-E]) \b
+    (?= \W*\Z
+      | \s* [).:,;/&*"\]\n]
+      | \s+ [-–—] \s
+      | (?-i: \s+ [A-Z][a-z])
+      | \s+ (?:because|since|as|and|or) \b
+      | \s+ is \b (?! \s+ (?:not|wrong|incorrect|false) \b) )
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
 
 _PUBMEDQA = (
     "As an expert doctor in clinical science and medical knowledge, can you tell me if the following "
@@ -155,23 +172,25 @@ def leaderboard_verdict(task: Task, answer: str, gold: str) -> Verdict:
 
 
 def fixed_verdict(task: Task, answer: str, gold: str) -> Verdict:
-    """Score an answer by the first label it names; one that names none is wrong.
+    """Score an answer by the first label, or the one letter, that it names.
+
+    An answer that names no label is unread, and so wrong; one that names two different letters is, too.
 
     Parameters
     ----------
     answer : str
         Without the prompt.
 
-    >>> fixed_verdict(TASKS["medqa"], "Because of B.", "B"), fixed_verdict(TASKS["medqa"], "(b) Asthma", "B")
-    (Verdict(right=False, read=False), Verdict(right=True, read=True))
+    >>> fixed_verdict(TASKS["medqa"], "The answer is B.", "B"), fixed_verdict(TASKS["medqa"], "B or C", "B")
+    (Verdict(right=True, read=True), Verdict(right=False, read=False))
     """
     if task.kind == "choice":
-        found = _LETTER.match(answer)
+        named = {letter.lower() for letter in _LETTER.findall(answer)}
+        said = named.pop() if len(named) == 1 else ""
     else:
         found = re.search(rf"\b({'|'.join(_WORDS[task.kind])})\b", answer, re.IGNORECASE)
-    if found is None:
-        return Verdict(right=False, read=False)
-    return Verdict(found[1].lower() == gold.lower(), read=True)
+        said = found[1].lower() if found is not None else ""
+    return Verdict(said == gold.lower(), read=bool(said))
 
 
 def _sentiment(text: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ _LENGTH = 512
 _BATCHES = {"finance": 32, "medical": 16}
 #: Tokens of an answer in fixed mode, whatever the right one's length.
 _ANSWER = 16
+#: Greedy and nothing else: some bases' own settings punish repetition, and a label stands in the prompt.
+_PLAIN: Mapping[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ def _fixed_answers(model: PeftModel, tokenizer: Any, task: Task, asked: Sequence
     return [
         text
         for start in range(0, len(prompts), size)
-        for text in _write(model, tokenizer, prompts[start : start + size], new=_ANSWER)
+        for text in _write(model, tokenizer, prompts[start : start + size], new=_ANSWER, settings=_PLAIN)
     ]
 
 
@@ -236,6 +239,7 @@ def _write(
     new: int = 0,
     side: str = "left",
     whole: bool = False,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """Return greedy answers of a batch.
 
@@ -245,6 +249,8 @@ def _write(
         Most tokens of an answer; 0: up to a length of 512 with the prompt.
     whole : bool
         Return the prompt, too.
+    settings : Mapping[str, Any]
+        What replaces the base's own generation settings.
     """
     batch = tokenizer(
         list(prompts), return_tensors="pt", padding=True, padding_side=side, return_token_type_ids=False
@@ -256,6 +262,7 @@ def _write(
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
     return [str(tokenizer.decode(row[0 if whole else width :], skip_special_tokens=True)) for row in out]
 

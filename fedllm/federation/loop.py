@@ -59,6 +59,7 @@ def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
         ship_basis(run, grid)
         _one_round(run, grid, strategy, round)
     _final_evaluation(run, grid)
+    run.tracking.final(run.config.federation.rounds)
     _export(run)
 
 

@@ -9,49 +9,30 @@ from markupsafe import Markup
 
 from fedllm.config import Config
 from fedllm.runs.audits import Audit
+from fedllm.runs.measures import METRICS, Metric, judged_by
 from fedllm.runs.metrics import RoundMetrics, Row, metrics_withheld
 from fedllm.runs.plots import bounds_plot, bytes_plot, epsilon_plot, metric_plot
-from fedllm.runs.wording import percent, size
+from fedllm.runs.wording import size
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: an SVG with its keys, or a sentence why there is none."""
+    """One figure: an SVG with its keys."""
 
     title: str
     svg: Markup
     keys: tuple[tuple[str, str], ...] = ()
-    absent: str = ""
 
 
 def round_charts(config: Config, metrics: Sequence[RoundMetrics]) -> list[Plot]:
-    """Return loss, accuracy, epsilon (where private) and bytes over the rounds."""
+    """Return loss and what judges the run (if measured), epsilon (where private), bytes over the rounds."""
     if not metrics:
         return []
     rounds = [entry.round for entry in metrics]
-    absent = (
-        "Withheld: the sites keep these values."
-        if metrics_withheld(config)
-        else "Not measured round by round."
-    )
-
-    def metric(title: str, pick: Callable[[Row], float | None], *, share: bool) -> Plot:
-        def used(row: Row) -> float | None:
-            return pick(row) if row.accepted else None
-
-        means = [used(entry.federation) for entry in metrics]
-        known = [value for value in means if value is not None]
-        if not known:
-            return Plot(title, Markup(), absent=absent)
-        sites = _series(metrics, used)
-        first, end = (percent(value) if share else f"{value:.2f}" for value in (known[0], known[-1]))
-        alt = f"{title} a round, {len(sites)} sites and their mean; the mean goes from {first} to {end}."
-        svg = metric_plot(title, rounds=rounds, sites=sites, mean=means, share=share, alt=alt)
-        return Plot(title, Markup(svg), keys=(("", "mean"), ("site", "a site")))
-
     plots = [
-        metric("Held-out loss", lambda row: row.loss, share=False),
-        metric("Held-out accuracy", lambda row: row.accuracy, share=True),
+        _metric_chart(metric, metrics, name)
+        for name, metric in _curves(config).items()
+        if _measured(metrics, name)
     ]
     if config.privacy.enabled:
         plots.append(_epsilon_chart(config, metrics))
@@ -64,6 +45,17 @@ def round_charts(config: Config, metrics: Sequence[RoundMetrics]) -> list[Plot]:
     return plots
 
 
+def rounds_note(config: Config, metrics: Sequence[RoundMetrics]) -> str:
+    """Return which curves are missing among a run's charts and why; empty where none is."""
+    missing = [m.title for name, m in _curves(config).items() if not _measured(metrics, name)]
+    if not metrics or not missing:
+        return ""
+    why = (
+        "Withheld: the sites keep these values" if metrics_withheld(config) else "Not measured round by round"
+    )
+    return f"{why} ({' and '.join(missing)})."
+
+
 def audit_chart(audits: Sequence[Audit]) -> Plot | None:
     """Return what audits prove beside what the accountant says, or None without such an audit."""
     bounds = [bound for audit in audits for bound in audit.bounds]
@@ -74,6 +66,31 @@ def audit_chart(audits: Sequence[Audit]) -> Plot | None:
     svg = bounds_plot(title, bounds, alt=f"{title}. {said}.")
     keys = (("", "by the accountant"), ("second", "proven by the audit at 95 %: it may not be longer"))
     return Plot("Epsilon", Markup(svg), keys=keys)
+
+
+def _curves(config: Config) -> dict[str, Metric]:
+    """Return the metrics that are drawn over the rounds: loss, and the one that judges the run."""
+    name, metric = next(iter(judged_by(config).items()))
+    return {"loss": METRICS["loss"], name: metric}
+
+
+def _measured(metrics: Sequence[RoundMetrics], name: str) -> bool:
+    return any(vars(entry.federation)[name] is not None for entry in metrics)
+
+
+def _metric_chart(metric: Metric, metrics: Sequence[RoundMetrics], name: str) -> Plot:
+    def used(row: Row) -> float | None:
+        return vars(row)[name] if row.accepted else None
+
+    title = f"Held-out {metric.title}"
+    means = [used(entry.federation) for entry in metrics]
+    known = [value for value in means if value is not None]
+    sites = _series(metrics, used)
+    first, end = metric.text(known[0]), metric.text(known[-1])
+    alt = f"{title} a round, {len(sites)} sites and their mean; the mean goes from {first} to {end}."
+    rounds = [entry.round for entry in metrics]
+    svg = metric_plot(title, rounds=rounds, sites=sites, mean=means, share=metric.unit == "%", alt=alt)
+    return Plot(title, Markup(svg), keys=(("", "mean"), ("site", "a site")))
 
 
 def _epsilon_chart(config: Config, metrics: Sequence[RoundMetrics]) -> Plot:

@@ -48,6 +48,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     }
 )
 
+#: What an evaluation's interval is of: a site measures one of these.
+WITH_INTERVAL = ("accuracy", "exact_match")
+
 
 def judged_by(config: Config) -> dict[str, Metric]:
     """Return the metrics that say whether a run helped, the first one first of all."""
@@ -56,5 +59,8 @@ def judged_by(config: Config) -> dict[str, Metric]:
     if config.train.objective == "dpo":
         return {"accuracy": replace(METRICS["accuracy"], title="share of pairs with a positive margin")}
     if config.evaluation.generate:
-        return {name: METRICS[name] for name in ("token_f1", "rouge_l")}
+        # where a number is looked for in the answer, the words around it prove nothing
+        extracted = config.evaluation.extract != "none"
+        names = ("exact_match", "token_f1") if extracted else ("token_f1", "rouge_l")
+        return {name: METRICS[name] for name in names}
     return {"loss": METRICS["loss"]}

@@ -10,12 +10,12 @@ from jinja2 import Environment, StrictUndefined
 
 from fedllm.config import PATHS, Config
 from fedllm.runs.audits import KINDS, Audit, read_audits
-from fedllm.runs.charts import audit_chart, round_charts
+from fedllm.runs.charts import audit_chart, round_charts, rounds_note
 from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import Limit, site_limits
 from fedllm.runs.manifest import read_manifest
-from fedllm.runs.measures import judged_by
+from fedllm.runs.measures import WITH_INTERVAL, judged_by
 from fedllm.runs.metrics import WITHHELD, RoundMetrics, as_told, metrics_withheld, round_metrics
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.sites import SiteSummary, site_summaries, total
@@ -91,6 +91,7 @@ def render_report(
         summary=summarise(config, events, sites),
         tiles=_tiles(config, events, rounds=rounds, sites=sites, absent=absent),
         plots=round_charts(config, rounds),
+        rounds_note=rounds_note(config, rounds),
         columns=_columns(config),
         sites=[{"name": site.name, "cells": _cells(site, config, absent)} for site in sites],
         total={"name": "All sites", "cells": _cells(total(sites), config, absent)},
@@ -159,7 +160,7 @@ def _cells(site: SiteSummary, config: Config, absent: str) -> list[str]:
         values = [site.majority[name]] if config.data.labelled else []
         values += [site.base[name], site.final[name]]
         cells += [absent if value is None else metric.text(value) for value in values]
-        if name == "accuracy" and site.interval is not None:
+        if name in WITH_INTERVAL and site.interval is not None:
             cells[-1] += " ({:.0f} to {:.0f})".format(*(metric.scale * end for end in site.interval))
     return [
         *cells,
@@ -181,9 +182,14 @@ def _traffic_rows(events: Sequence[Event]) -> list[tuple[str, str, str]]:
 
 
 def _sites_note(config: Config, *, withheld: bool) -> str:
+    brackets = "".join(
+        f"; in brackets a 95 % interval of {metric.title} by resampling the records"
+        for name, metric in judged_by(config).items()
+        if name in WITH_INTERVAL
+    )
     text = (
-        "Base: the untuned model. Final: with the finished adapter; in brackets a 95 % interval of accuracy "
-        "by resampling the records. Bytes: training messages as serialised, over all rounds. "
+        f"Base: the untuned model. Final: with the finished adapter{brackets}. "
+        "Bytes: training messages as serialised, over all rounds. "
         "All sites: means of metrics, sums of counts and bytes"
     )
     if config.data.labelled:

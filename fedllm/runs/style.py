@@ -51,7 +51,7 @@ ul { margin: 0; padding-left: 1.15rem; max-width: 46rem; }
 .plots.three { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure, .card { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 figure { padding: .9rem 1rem .7rem; }
-figure.single { max-width: 34rem; }
+figure.single, .plots figure:only-child { max-width: 34rem; }
 figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .4rem; }
 figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }

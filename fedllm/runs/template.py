@@ -36,14 +36,14 @@ TEMPLATE = """\
 <div class="plots{{ ' three' if plots | length == 3 }}">
 {% for plot in plots %}
 <figure><figcaption>{{ plot.title }}</figcaption>
-{% if plot.svg %}{{ plot.svg }}
+{{ plot.svg }}
 <div class="keys">
 {% for style, text in plot.keys %}<span><i class="{{ style }}"></i>{{ text }}</span>{% endfor %}
 </div>
-{% else %}<p class="muted">{{ plot.absent }}</p>{% endif %}
 </figure>
 {% endfor %}
 </div>
+{% if rounds_note %}<p class="note">{{ rounds_note }}</p>{% endif %}
 {% else %}<p class="muted">No reply has arrived yet.</p>{% endif %}
 
 <h2>Sites</h2>

@@ -1,13 +1,12 @@
-"""A run's rounds, as they end, in TensorBoard, MLflow or Weights & Biases.
+"""A run's rounds, as they end, and its final evaluation in TensorBoard, MLflow or Weights & Biases.
 
-Trackers get what ``metrics.csv`` holds and the settings, nothing more. The run's own files stay the source:
-a tracker that fails is left out, and the run goes on.
+Trackers get what ``metrics.csv`` holds, the settings, and the means over sites of the final evaluation,
+nothing more. The run's own files stay the source: a tracker that fails is left out, and the run goes on.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,16 +15,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from fedllm.config import PATHS, Config, Scalar, trackers
+from fedllm.config import Config, Scalar, trackers
 from fedllm.errors import ConfigError, RunError
-from fedllm.runs.events import QUALITY, append_event, read_events
+from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder
-from fedllm.runs.metrics import RoundMetrics, round_metrics
+from fedllm.runs.metrics import round_metrics
+from fedllm.runs.shown import final_values, shown_settings, shown_values
 
 PROJECT = "fedllm"
-NUMBERS = ("accepted", "epsilon", "bytes_up", "bytes_down", "seconds")
 #: Most parameters, and most metrics, in one of MLflow's requests, and most characters of a parameter.
 MLFLOW_PARAMS, MLFLOW_METRICS, MLFLOW_TEXT = 100, 1000, 6000
+#: How the address of a database begins; a server's address needs no driver here.
+MLFLOW_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 #: No calls home, no lines between a run's own, and a server that is away holds a round up for seconds: by
 #: itself the client would try for minutes.
 MLFLOW_DEFAULTS = {
@@ -34,7 +35,6 @@ MLFLOW_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-_FORBIDDEN = re.compile(r"[^\w. -]|^\.+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Tracker(Protocol):
         """Write the settings; after a resume they are the same ones again."""
 
     def round(self, number: int, values: Mapping[str, float]) -> None:
-        """Write one finished round."""
+        """Write values as of the end of a round; the final evaluation's are of the last one."""
 
     def close(self, *, finished: bool) -> None:
         """Write out what is left; the run is finished, or has stopped and may be resumed."""
@@ -222,10 +222,17 @@ class Tracking:
             return
         for metrics in round_metrics(read_events(self._folder)):
             if metrics.round == number:
-                values = shown_values(metrics)
-                for name, tracker in list(self._open.items()):
-                    with self._guarded(name):
-                        tracker.round(number, values)
+                self._write(number, shown_values(metrics))
+
+    def final(self, number: int) -> None:
+        """Write the final evaluation, as the run's events have it, beside the last round."""
+        if self._open and (values := final_values(read_events(self._folder))):
+            self._write(number, values)
+
+    def _write(self, number: int, values: Mapping[str, float]) -> None:
+        for name, tracker in list(self._open.items()):
+            with self._guarded(name):
+                tracker.round(number, values)
 
     def close(self, *, finished: bool) -> None:
         """Close all trackers; nothing happens the second time."""
@@ -253,36 +260,25 @@ class Tracking:
 
 
 def require_trackers(config: Config) -> None:
-    """Refuse trackers that are not installed.
+    """Refuse trackers that are not installed, or lack a package that they write with.
 
     Raises
     ------
     ConfigError
-        With the command that installs the first one.
+        With the command that installs what the first one lacks.
     """
     for name in trackers(config):
-        if find_spec(name) is None:
+        missing = [package for package in _packages(name) if find_spec(package) is None]
+        if missing:
             raise ConfigError(
-                f"run.tracking: {name} is not installed where the coordinator runs; "
-                f"`pip install {name}`, or leave it out."
+                f"run.tracking: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed "
+                f"where the coordinator runs; `pip install {' '.join(missing)}`, or leave {name} out."
             )
 
 
-def shown_settings(config: Config) -> dict[str, Scalar]:
-    """Return all settings that name no file or folder of this machine."""
-    return {key: value for key, value in config.to_flat().items() if key not in PATHS}
-
-
-def shown_values(metrics: RoundMetrics) -> dict[str, float]:
-    """Return a round's numbers: ``federation/loss``, and ``loss/north`` for a site called north.
-
-    What a site withheld or did not measure is absent.
-    """
-    rows = {"federation/{}": metrics.federation}
-    rows |= {f"{{}}/{_FORBIDDEN.sub('_', row.site)}": row for row in metrics.sites}
-    return {
-        place.format(name): float(value)
-        for place, row in rows.items()
-        for name in (*QUALITY, *NUMBERS)
-        if (value := vars(row)[name]) is not None
-    }
+def _packages(name: str) -> tuple[str, ...]:
+    """Return what a tracker needs; mlflow-skinny comes without what writes to a database."""
+    if name != "mlflow":
+        return (name,)
+    store = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:"
+    return (name, "sqlalchemy", "alembic") if store.startswith(MLFLOW_DATABASES) else (name,)

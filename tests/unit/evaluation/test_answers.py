@@ -91,6 +91,17 @@ def test_scores_are_symmetric_shares_and_ordered(one: list[str], two: list[str])
         ("####", "####"),
         ("5 ####", "5"),
         ("no number", "no number"),
+        ("the range is 5-3", "3"),
+        ("10%-20%", "20"),
+        ("(2)-3", "3"),
+        ("step-4", "4"),
+        ("x = -3", "-3"),
+        ("5 - -3", "-3"),
+        ("1,2", "2"),
+        ("1,2500", "2500"),
+        ("1234,567", "567"),
+        ("in all 1,234,567.80", "1234567.8"),
+        ("so 7, 8,", "8"),
     ],
 )
 def test_final_number(text: str, number: str) -> None:

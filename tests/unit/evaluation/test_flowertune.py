@@ -167,7 +167,7 @@ def test_the_leaderboard_reads_medical_answers(task: str, answer: str, gold: str
         ("medqa", "C", "B", Verdict(False, True)),
         ("medqa", "A patient needs tea", "A", Verdict(False, False)),
         ("medqa", "Because", "B", Verdict(False, False)),
-        ("medqa", "D.\nE", "D", Verdict(True, True)),
+        ("medqa", "D.\nE", "D", Verdict(False, False)),
         ("medqa", "", "A", Verdict(False, False)),
     ],
 )
@@ -175,3 +175,64 @@ def test_mended_an_answer_counts_only_if_it_names_a_label(
     task: str, answer: str, gold: str, expected: Verdict
 ) -> None:
     assert fixed_verdict(TASKS[task], answer, gold) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "B",
+        "(B)",
+        "b.",
+        "B) Asthma",
+        "B - Asthma",
+        "B Asthma",
+        "**B** Asthma",
+        "**B)** Asthma",
+        "B. Vitamin D",
+        "B. E. coli",
+        "B is correct.",
+        "B, not C",
+        "Option B",
+        "option b: asthma",
+        "Answer: B",
+        "Answer:\n\nB) Asthma",
+        "The answer is B.",
+        "The correct answer is option B, asthma",
+        "The best choice is **B**",
+        "Asthma. The answer would be (B) because",
+        "B. Asthma\nThe answer is B.",
+        "B. Asthma\nA 40-year-old",
+    ],
+)
+def test_mended_an_answer_may_name_its_letter_in_many_ways(answer: str) -> None:
+    assert fixed_verdict(TASKS["medqa"], answer, "B") == Verdict(True, True)
+    assert fixed_verdict(TASKS["medqa"], answer, "C") == Verdict(False, True)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A patient with asthma has",
+        "The answer is a patient with asthma",
+        "Answer: A patient with asthma",
+        "A CT scan",
+        "B cell lymphoma",
+        "C-reactive protein",
+        "Hepatitis B",
+        "The answer is hepatitis B.",
+        "Option B is not correct",
+        "The answer is not B",
+        "A or B",
+        "A, B",
+        "A and B",
+        "Both A and B",
+        "Either A or B is right",
+        "(A)\n(B)",
+        "A. Asthma\nB. Angina",
+        "The answer is A. No, the answer is B.",
+        "Options A, B and C",
+    ],
+)
+def test_mended_no_letter_or_two_are_unread(answer: str) -> None:
+    for gold in "ABC":
+        assert fixed_verdict(TASKS["medqa"], answer, gold) == Verdict(False, False)

@@ -153,6 +153,28 @@ def test_mended_answers_do_not_depend_on_the_batch(
     assert said == (base if untuned else tuned)
 
 
+def test_a_bases_repetition_penalty_holds_in_leaderboard_mode_alone(
+    run: Path, file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded(run, tmp_path)
+    prompts = [question.prompt for question in questions(TASKS["pubmedqa"], ROWS["pubmedqa"])]
+    plain = [alone(model, tokenizer, prompt, 16) for prompt in prompts]
+
+    def with_penalty(settings: ModelSettings) -> Any:
+        base = load_base(settings)
+        base.generation_config.repetition_penalty = 5.0
+        return base
+
+    monkeypatch.setattr(flowertune, "load_base", with_penalty)
+    said = written(monkeypatch)
+    evaluate_run(run, ["pubmedqa"], mode="fixed", file=file("pubmedqa"))
+    assert said == plain
+    said.clear()
+    evaluate_run(run, ["pubmedqa"], mode="leaderboard", file=file("pubmedqa"))
+    # five bytes: maybe
+    assert said != [alone(model, tokenizer, prompt, 5) for prompt in prompts]
+
+
 def test_scores_are_means_over_questions_and_sets(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_hub = {task.hub: ROWS[name] for name, task in TASKS.items()}
     monkeypatch.setattr(flowertune, "hub_rows", lambda name, **options: by_hub[name])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.manifest import write_manifest
+from fedllm.runs.measures import judged_by
 from fedllm.runs.plots import bytes_plot, epsilon_plot, metric_plot
 from fedllm.runs.privacy_text import best_guess
 from fedllm.runs.report import write_report
@@ -281,6 +282,52 @@ def test_free_text_is_judged_by_its_loss(make_run, reply) -> None:
     )
 
 
+def answered(
+    folder: RunFolder, stage: str, *, site: str = "north", records: int = 200, **scores: float
+) -> None:
+    """Write one site's final evaluation of written answers."""
+    append_event(
+        folder,
+        "evaluated",
+        stage=stage,
+        site=site,
+        records=records,
+        majority_accuracy=None,
+        majority_macro_f1=None,
+        **({"loss": 1.0, "accuracy": None, "macro_f1": None} | scores),
+    )
+
+
+def test_extracted_numbers_are_judged_by_exact_match(make_run) -> None:
+    numbers = {"data__task": "generate", "evaluation__generate": True, "evaluation__extract": "number"}
+    folder = make_run(**numbers)
+    answered(folder, "base", exact_match=0.0, token_f1=0.1, rouge_l=0.1)
+    answered(
+        folder,
+        "final",
+        exact_match=0.0,
+        token_f1=0.6,
+        rouge_l=0.6,
+        interval_low=0.0,
+        interval_high=0.04,
+    )
+    words = page(folder).text
+    assert "On average, no." in words
+    assert "Mean exact match on held-out records: tuned 0.0\u00a0%" in words
+    assert "0.0 % (0 to 4)" in words
+    assert "95 % interval of exact match" in words
+    assert list(judged_by(load_config(folder))) == ["exact_match", "token_f1"]
+
+
+def test_an_interval_is_spoken_of_only_where_its_metric_is_shown(make_run) -> None:
+    folder = make_run(data__task="generate", evaluation__generate=True)
+    answered(folder, "base", exact_match=0.0, token_f1=0.1, rouge_l=0.1)
+    answered(folder, "final", exact_match=0.5, token_f1=0.6, rouge_l=0.6, interval_low=0.4, interval_high=0.6)
+    words = page(folder).text
+    assert "Mean token F1 on held-out records: tuned 60.0\u00a0%" in words
+    assert "interval" not in words
+
+
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 1e-3))
 def test_best_guess_is_the_bound_of_the_test_region(epsilon: float, delta: float) -> None:
     """The corner of the region (Kairouz et al. 2015): false alarms and misses equal."""
@@ -372,6 +419,32 @@ def test_epsilon_of_a_reply_set_aside_counts_as_spent(make_run, reply) -> None:
     assert "3.75 of 8" in page(folder).text
 
 
+@pytest.mark.parametrize(
+    ("settings", "measured", "title"),
+    [
+        ({"evaluation__generate": True}, "token_f1", "Held-out token F1"),
+        (
+            {"evaluation__generate": True, "evaluation__extract": "number"},
+            "exact_match",
+            "Held-out exact match",
+        ),
+        ({}, "perplexity", ""),
+    ],
+)
+def test_the_curves_are_loss_and_what_judges_the_run(make_run, reply, settings, measured, title) -> None:
+    folder = make_run(data__task="generate", **settings)
+    for number, score in ((1, 0.25), (2, 0.5)):
+        scores = {"accuracy": None, "macro_f1": None, measured: score}
+        reply(folder, number, "north", **scores)
+    page(folder)
+    source = folder.report_file.read_text(encoding="utf-8")
+    expected = ["Held-out loss", *([title] if title else []), "Bytes, all sites together"]
+    assert re.findall(r"<figcaption>([^<]*)</figcaption>", source) == expected
+    assert source.count("<svg") == len(expected)
+    assert not title or "the mean goes from 25.0 % to 50.0 %" in source
+    assert "round by round" not in source
+
+
 def test_plots_of_many_rounds_and_sites() -> None:
     rounds = list(range(1, 101))
     lines = {f"<{number}>": [number / 60] * 100 for number in range(60)}
@@ -387,4 +460,5 @@ def test_plots_of_many_rounds_and_sites() -> None:
 def test_single_round_with_one_site_and_no_bytes(make_run, reply) -> None:
     folder = make_run(federation__rounds=1)
     reply(folder, 1, "a", accepted=False, reason="", bytes_up=0, bytes_down=0, loss=None, accuracy=None)
-    assert "Not measured round by round." in page(folder).text
+    assert "Not measured round by round (loss and accuracy)." in page(folder).text
+    assert folder.report_file.read_text().count("<figure") == 1

@@ -19,7 +19,8 @@ from fedllm.runs import tracking
 from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.metrics import round_metrics
-from fedllm.runs.tracking import Tracked, Tracking, require_trackers, shown_settings, shown_values
+from fedllm.runs.shown import final_values, shown_settings, shown_values
+from fedllm.runs.tracking import Tracked, Tracking, require_trackers
 
 MakeRun = Callable[..., RunFolder]
 Reply = Callable[..., None]
@@ -189,6 +190,36 @@ def test_mlflow_goes_where_its_own_variables_say(
     assert {run.info.run_name for run in mlflow_runs(uri, "wards")} == {"abc", "def"}
 
 
+def evaluate(folder: RunFolder, stage: str, site: str, **scores: float | None) -> None:
+    nothing = dict.fromkeys(("loss", "accuracy", "macro_f1", "majority_accuracy", "majority_macro_f1"))
+    append_event(folder, "evaluated", stage=stage, site=site, records=4, **(nothing | scores))
+
+
+def test_the_final_evaluation_is_shown_beside_the_last_round(make_run: MakeRun, reply: Reply) -> None:
+    folder = make_run(run__tracking="tensorboard,mlflow", evaluation__every=0)
+    shown = Tracking(folder)
+    shown.open(settings(folder), run_id="abc", next_round=1)
+    for number in (1, 2):
+        play(folder, reply, number, loss=None, accuracy=None, macro_f1=None)
+        shown.round(number)
+    for site, accuracy in (("north", 0.5), ("south", 0.75)):
+        evaluate(folder, "base", site, accuracy=0.25)
+        evaluate(folder, "final", site, accuracy=accuracy)
+    shown.final(2)
+    shown.close(finished=True)
+    assert scalars(folder, "final/accuracy") == {2: 0.625}
+    assert scalars(folder, "base/accuracy") == {2: 0.25}
+    (run,) = mlflow_runs(f"sqlite:///{folder.path}/tracking/mlflow/mlflow.db", "fedllm")
+    assert {name for name in run.data.metrics if "accuracy" in name} == {"final/accuracy", "base/accuracy"}
+    assert warnings(folder) == []
+
+
+def test_a_final_evaluation_that_was_withheld_is_absent(make_run: MakeRun) -> None:
+    folder = make_run()
+    evaluate(folder, "final", "north")
+    assert final_values(read_events(folder)) == {}
+
+
 class FakeRun:
     """What wandb.init returns, as far as it is used."""
 
@@ -325,6 +356,21 @@ def test_a_package_that_is_missing_is_refused_with_the_command_that_installs_it(
     require_trackers(Config.from_flat({"run.tracking": "tensorboard"}))
     with pytest.raises(ConfigError, match="`pip install wandb`"):
         require_trackers(Config.from_flat({"run.tracking": "tensorboard, wandb"}))
+
+
+def test_mlflow_needs_what_writes_its_database_unless_a_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlflow-skinny alone imports, and then keeps nothing in a database."""
+    config = Config.from_flat({"run.tracking": "mlflow"})
+    found = importlib.util.find_spec("mlflow")
+    monkeypatch.setattr(tracking, "find_spec", lambda name: found if name == "mlflow" else None)
+    for store in ("", "sqlite:////srv/mlflow.db", "mysql+pymysql://user@host/runs"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        with pytest.raises(
+            ConfigError, match="sqlalchemy and alembic are not .* `pip install sqlalchemy alem"
+        ):
+            require_trackers(config)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    require_trackers(config)
 
 
 def test_the_setting_names_trackers_once() -> None:
