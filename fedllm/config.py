@@ -142,6 +142,7 @@ class DataSettings:
     source: str = setting("icd10", "icd10, mcc, file or hub", choices=("icd10", "mcc", "file", "hub"))
     path: str = setting("", "csv, jsonl or parquet file (source=file; local and simulated runs only)")
     name: str = setting("", "Hugging Face data set name (source=hub)")
+    subset: str = setting("", "configuration of the Hugging Face data set, where it has several")
     split: str = setting("train", "split of the Hugging Face data set")
     text: str = setting("text", "column with the input text")
     pair: str = setting("", "column with a second input text, such as a hypothesis or a context")
