@@ -47,6 +47,7 @@ STRATEGIES = (
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 #: Settings that name files and folders of the machine that runs it.
 PATHS = ("run.dir", "run.resume", "data.path", "model.path", "adapter.basis_path", "adapter.init")
+DEFAULT_MODEL = "smollm2-135m-instruct"
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "nesterov", "fedhyper")
 
 
@@ -81,9 +82,7 @@ class RunSettings:
 class ModelSettings:
     """The base model, identical at every site."""
 
-    name: str = setting(
-        "smollm2-135m-instruct", "an embedded model (fedllm models ls) or a Hugging Face name"
-    )
+    name: str = setting(DEFAULT_MODEL, "an embedded model (fedllm models ls) or a Hugging Face name")
     path: str = setting("", "a folder with config.json, weights and tokenizer (air-gapped machines)")
     kind: str = setting(
         "causal",
@@ -103,6 +102,16 @@ class ModelSettings:
     quantization: str = setting(
         "none", "bitsandbytes quantisation of the base", choices=("none", "8bit", "4bit")
     )
+
+    @property
+    def called(self) -> str:
+        """Return what the base is called: its name, or its folder's where ``path`` alone is given.
+
+        A folder's config.json may name another model, the one that this one was fine-tuned from.
+        """
+        if self.path and self.name == DEFAULT_MODEL:
+            return Path(self.path).expanduser().resolve().name
+        return self.name
 
 
 @dataclass(frozen=True, kw_only=True)

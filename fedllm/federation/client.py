@@ -236,7 +236,7 @@ def _export_personal(site: Site, session: Session, start: Start) -> None:
     if session.method.export != "base":
         basis = _basis(site, start.state.spec)
         assert basis is not None, "the round was prepared with it"
-        name = site.config.model.name
+        name = site.config.model.called
         save_peft_adapter(start.state, basis, folder, base_model=name, folded=start.folded)
 
 

@@ -48,7 +48,7 @@ def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
         raise RunError(f"{run.path}: every site has an adapter of its own; name one with --site.")
     labels = max((out for out, _ in state.spec.head.values()), default=0)
     base = load_base(config.model, labels=labels)
-    save_with_base(state, base, target, base_model=config.model.name)
+    save_with_base(state, base, target, base_model=config.model.called)
     return target
 
 
@@ -102,7 +102,7 @@ def export_gguf(folder: Path, target: Path, *, quantization: str = "f16", site: 
     require_llama(load_model_config(config.model))
     _require_free(target)
     model, tokenizer = merged_model(folder, site=site), load_tokenizer(config.model)
-    name = config.model.name.rpartition("/")[2]
+    name = config.model.called.rpartition("/")[2]
     target.mkdir(parents=True, exist_ok=True)
     file = target / f"{name}-{quantization}.gguf"
     return write_gguf(model, tokenizer, file, name=name, quantization=quantization)

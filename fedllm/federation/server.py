@@ -76,7 +76,7 @@ def _work(config: Config, folder: RunFolder, grid: Grid, *, resume: bool) -> Run
         write_manifest(
             folder,
             config=config,
-            model={"name": config.model.name, "architecture": run.spec.base, "weights": run.weights},
+            model={"name": config.model.called, "architecture": run.spec.base, "weights": run.weights},
             data=run.data,
             simulated=run.simulated,
         )

@@ -26,7 +26,7 @@ _CONSTANT = {"classify": "majority class", "choose": "majority letter"}
 TEMPLATE = """{{ front }}
 # {{ title }}
 
-An adapter for `{{ config.model.name }}`, trained together by {{ sites | length }} \
+An adapter for `{{ config.model.called }}`, trained together by {{ sites | length }} \
 {{ "simulated " if simulated }}sites over {{ config.federation.rounds }} rounds with fedllm; only adapter
 matrices left a site.
 
@@ -47,10 +47,10 @@ matrices left a site.
 from peft import PeftModel
 from transformers import {{ auto }}, AutoTokenizer
 
-base = {{ auto }}.from_pretrained("{{ config.model.name }}"{{ ", num_labels=%d" % rows if rows }})
+base = {{ auto }}.from_pretrained("{{ config.model.called }}"{{ ", num_labels=%d" % rows if rows }})
 model = PeftModel.from_pretrained(base, "this/folder").eval()
 {% if rows %}
-tokens = AutoTokenizer.from_pretrained("{{ config.model.name }}")(["A text."], return_tensors="pt")
+tokens = AutoTokenizer.from_pretrained("{{ config.model.called }}")(["A text."], return_tensors="pt")
 {% if config.model.pooling == "mean" %}
 # the head reads the mean of the tokens' states, not what the model's class would give it
 mask = tokens["attention_mask"].unsqueeze(-1)
@@ -134,7 +134,7 @@ def write_card(folder: RunFolder) -> Path:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
     text = environment.from_string(TEMPLATE).render(
         front=f"---\n{_front(config).to_yaml()}\n---",
-        title=f"{METHODS[config.adapter.method].title} adapter of {config.model.name}",
+        title=f"{METHODS[config.adapter.method].title} adapter of {config.model.called}",
         config=config,
         method=METHODS[config.adapter.method].title,
         auto=f"AutoModelFor{'CausalLM' if config.model.kind == 'causal' else 'SequenceClassification'}",
@@ -178,7 +178,7 @@ def _front(config: Config) -> ModelCardData:
         tags.append("differential-privacy")
     causal = config.model.kind == "causal"
     return ModelCardData(
-        base_model=config.model.name,
+        base_model=config.model.called,
         library_name="peft",
         pipeline_tag="text-generation" if causal else "text-classification",
         tags=tags,

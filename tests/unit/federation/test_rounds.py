@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ from threadpoolctl import threadpool_info
 
 from fedllm.adapters.export import save_peft_adapter
 from fedllm.adapters.state import AdapterSpec, AdapterState
-from fedllm.config import Config
+from fedllm.config import Config, ModelSettings
 from fedllm.errors import BudgetError, FedllmError, MismatchError, PrivacyError, RunError
 from fedllm.federation import client as client_module
 from fedllm.federation.records import pack, unpack, wire_size
 from fedllm.federation.run import start_run
 from fedllm.federation.site import identify, public_reason, real_site
-from fedllm.models.load import load_base
+from fedllm.models.load import load_base, resolve
 from fedllm.privacy.accounting import require_delta
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.plan import basis_plan
@@ -255,6 +257,29 @@ def test_public_heldout_metrics_may_show(federate: Any, events: Any) -> None:
     assert "differential-privacy" in card.data.tags
     assert "| site-2 | 4 |" in card.text
     assert "one unit is added or removed" in card.text
+
+
+def test_a_base_that_is_a_folder_is_called_as_its_folder(federate: Any, tmp_path: Path) -> None:
+    model = shutil.copytree(resolve(ModelSettings(name="tiny-llama")), tmp_path / "private" / "ward-model")
+    folder = federate(
+        model__name=ModelSettings().name, model__path=str(model), adapter__method="lora", federation__rounds=1
+    )
+    card = ModelCard.load(folder.adapter_dir / "README.md")
+    assert card.data.base_model == "ward-model"
+    assert json.loads(folder.manifest_file.read_text())["model"]["name"] == "ward-model"
+    adapter = json.loads((folder.adapter_dir / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "ward-model"
+    for page in (folder.report_file.read_text(), str(card)):
+        assert "ward-model" in page
+        assert "smollm2" not in page
+    for file in (*folder.adapter_dir.iterdir(), folder.manifest_file):
+        assert str(model.parent).encode() not in file.read_bytes(), file
+
+
+def test_a_named_base_keeps_its_name_wherever_it_lies() -> None:
+    assert ModelSettings(name="ward/notes-7b", path="/srv/models/x").called == "ward/notes-7b"
+    assert ModelSettings(path="/srv/models/x/").called == "x"
+    assert ModelSettings().called == ModelSettings().name
 
 
 def test_a_crash_after_booking_stays_spent_and_the_run_ends_within_budget(
