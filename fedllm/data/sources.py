@@ -164,7 +164,7 @@ def _hub(data: DataSettings) -> Columns:
         subsets = _SUBSETS.search(str(error))
         if subsets:
             raise DataError(
-                f"data.subset: the data set {data.name} has the configurations {subsets[1]}; name one of them."
+                f"data.subset: data set {data.name} has the configurations {subsets[1]}; name one of them."
             ) from None
         # network, hub and builder each raise kinds of their own, and all mean the same here
         raise DataError(

@@ -8,7 +8,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from fedllm.adapters import METHODS
-from fedllm.adapters.export import load_state
 from fedllm.config import Config
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
@@ -18,6 +17,7 @@ from fedllm.runs.measures import Metric, judged_by
 from fedllm.runs.metrics import as_told, metrics_withheld
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.sites import site_summaries
+from fedllm.runs.usage import Usage, use_section
 from fedllm.runs.whole_sites import whole_sites_spent
 
 _TASKS = {"classify": "classification", "choose": "multiple choice", "generate": "free text"}
@@ -43,24 +43,7 @@ matrices left a site.
 
 ## Use
 
-```python
-from peft import PeftModel
-from transformers import {{ auto }}, AutoTokenizer
-
-base = {{ auto }}.from_pretrained("{{ config.model.called }}"{{ ", num_labels=%d" % rows if rows }})
-model = PeftModel.from_pretrained(base, "this/folder").eval()
-{% if rows %}
-tokens = AutoTokenizer.from_pretrained("{{ config.model.called }}")(["A text."], return_tensors="pt")
-{% if config.model.pooling == "mean" %}
-# the head reads the mean of the tokens' states, not what the model's class would give it
-mask = tokens["attention_mask"].unsqueeze(-1)
-states = base.base_model(**tokens).last_hidden_state
-logits = base.classifier((states * mask).sum(1) / mask.sum(1))
-{% else %}
-logits = model(**tokens).logits
-{% endif %}
-{% endif %}
-```
+{{ use }}
 
 ## Results
 
@@ -119,7 +102,7 @@ on theirs. It is no medical or financial advice.
 """
 
 
-def write_card(folder: RunFolder) -> Path:
+def write_card(folder: RunFolder, usage: Usage) -> Path:
     """Write ``adapter/README.md`` of a finished run.
 
     Raises
@@ -137,8 +120,7 @@ def write_card(folder: RunFolder) -> Path:
         title=f"{METHODS[config.adapter.method].title} adapter of {config.model.called}",
         config=config,
         method=METHODS[config.adapter.method].title,
-        auto=f"AutoModelFor{'CausalLM' if config.model.kind == 'causal' else 'SequenceClassification'}",
-        rows=_rows(folder) if config.model.kind == "encoder" else 0,
+        use=use_section(config, usage),
         task=_task(config),
         manifest=manifest,
         simulated=manifest["simulated"],
@@ -158,12 +140,6 @@ def write_card(folder: RunFolder) -> Path:
     path = folder.adapter_dir / "README.md"
     atomic_write(path, ModelCard(text).content.encode())
     return path
-
-
-def _rows(folder: RunFolder) -> int:
-    """Return the rows of an encoder's head, one a label."""
-    state, _ = load_state(folder.adapter_dir)
-    return max(out for out, _ in state.spec.head.values())
 
 
 def _task(config: Config) -> str:

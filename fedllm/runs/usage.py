@@ -1,0 +1,142 @@
+"""How a written folder is used: the lines of code of its model card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pprint import pformat
+
+from jinja2 import Environment, StrictUndefined
+
+from fedllm.config import Config
+
+_TEMPLATE = """\
+```python
+{% if not encoder %}
+import torch
+{% endif %}
+from peft import PeftModel
+from transformers import {{ auto }}, AutoTokenizer
+
+{% if not encoder %}
+from fedllm.data.encode import PromptEncoder
+{% endif %}
+{% if usage.embedded %}
+from fedllm.models.pull import pull
+{% endif %}
+
+{% if config.data.labelled %}
+labels = {{ labels }}
+{% endif %}
+source = {{ source }}
+base = {{ auto }}.from_pretrained(source{{ ", num_labels=len(labels)" if encoder }})
+model = PeftModel.from_pretrained(base, ".").eval()  # "." is this folder
+tokenizer = AutoTokenizer.from_pretrained(source)
+
+{% if encoder %}
+tokens = tokenizer({{ texts }}, truncation=True, max_length={{ length }}, return_tensors="pt")
+{% if config.model.pooling == "mean" %}
+# the head reads the mean of the tokens' states, not what the model's class would give it
+mask = tokens["attention_mask"].unsqueeze(-1)
+states = base.base_model(**tokens).last_hidden_state
+logits = base.classifier((states * mask).sum(1) / mask.sum(1))
+{% else %}
+logits = model(**tokens).logits
+{% endif %}
+print(labels[logits.argmax()])
+{% else %}
+encoder = PromptEncoder(
+    tokenizer,
+    instruction={{ instruction }},
+    prompt={{ prompt }},
+    max_length={{ length }},
+)
+prompt = encoder.prompt_ids({{ texts }})
+
+{% if config.data.labelled %}
+
+def score(label):
+    answer = list(encoder.answer_ids(label))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, -len(answer) - 1 : -1]
+    return torch.log_softmax(logits.float(), dim=-1)[range(len(answer)), answer].sum().item()
+
+
+print(max(labels, key=score))
+{% else %}
+written = model.generate(
+    input_ids=torch.tensor([prompt]),
+    attention_mask=torch.ones(1, len(prompt)),
+    max_new_tokens={{ config.evaluation.max_new_tokens }},
+    do_sample=False,
+)
+print(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
+{% endif %}
+{% endif %}
+```
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What it takes to use a folder and the settings alone do not say.
+
+    Attributes
+    ----------
+    embedded : bool
+        The base is one that fedllm makes (``fedllm models ls``).
+    labels : tuple[str, ...]
+        The labels in order, as far as they are no site's secret.
+    instruction : str
+        What stands before every record.
+    """
+
+    embedded: bool
+    labels: tuple[str, ...]
+    instruction: str
+
+
+def use_section(config: Config, usage: Usage) -> str:
+    """Return the lines of code that load a folder and answer one text; they run in the folder as they are.
+
+    Where only the base's folder is known (``model.path``) the reader has to say where it is.
+    """
+    kind = "CausalLM" if config.model.kind == "causal" else "SequenceClassification"
+    return (
+        Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False)
+        .from_string(_TEMPLATE)
+        .render(
+            config=config,
+            usage=usage,
+            encoder=config.model.kind == "encoder",
+            auto=f"AutoModelFor{kind}",
+            source=_source(config, usage),
+            labels=_labels(config, usage),
+            instruction=repr(usage.instruction),
+            prompt=repr(config.data.prompt),
+            texts=_texts(config),
+            length=config.train.max_length,
+        )
+    )
+
+
+def _source(config: Config, usage: Usage) -> str:
+    if usage.embedded:
+        return f'pull("{config.model.called}")  # fedllm makes it where it is not there yet'
+    if config.model.path:
+        return f'"path/to/{config.model.called}"  # the base model\'s folder'
+    return f'"{config.model.called}"'
+
+
+def _labels(config: Config, usage: Usage) -> str:
+    if config.data.task == "choose":
+        return '["A", "B"]  # one an option'
+    if not usage.labels:
+        return '["one label", "another"]  # those of your records: the recipe lists none'
+    return pformat(list(usage.labels), width=100, compact=True)
+
+
+def _texts(config: Config) -> str:
+    """Return the arguments that stand for one record's texts."""
+    pair = ', "A second text."' if config.data.pair else ""
+    options = ', options=["the first option", "the second"]' if config.data.task == "choose" else ""
+    return f'"A text."{pair}{options}'
