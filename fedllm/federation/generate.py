@@ -131,6 +131,9 @@ def merged_model(folder: Path, *, site: str = "") -> PreTrainedModel:
             "a quantised base, or an adapter of virtual tokens, cannot be merged; export the adapter alone."
         )
     merged: PreTrainedModel = tuned_model(folder, site=site).merge_and_unload()
+    if config.model.kind == "encoder":
+        names = dict(enumerate(public_labels(config.data)))
+        merged.config.id2label, merged.config.label2id = names, {name: row for row, name in names.items()}
     return merged
 
 

@@ -33,8 +33,10 @@ matrices left a site.
 | | |
 |---|---|
 | method | {{ method }}, rank {{ config.adapter.rank }}, aggregated by `{{ config.strategy.name }}` |
-| task | {{ task }}\
-{% if config.data.labels %}, labels {{ config.data.labels }}{% endif %} |
+| task | {{ task }} |
+{% for name, value in wording %}
+| {{ name }} | {{ value }} |
+{% endfor %}
 | training | {{ config.federation.rounds }} rounds of {{ config.train.local_steps }} steps of \
 {{ config.train.batch_size * config.train.accumulation }} records a site |
 | settings | sha256 {{ manifest["config_sha256"] }} |
@@ -122,6 +124,7 @@ def write_card(folder: RunFolder, usage: Usage) -> Path:
         method=METHODS[config.adapter.method].title,
         use=use_section(config, usage),
         task=_task(config),
+        wording=_wording(config, usage),
         manifest=manifest,
         simulated=manifest["simulated"],
         sites=sites,
@@ -146,6 +149,23 @@ def _task(config: Config) -> str:
     if config.train.objective == "dpo":
         return f"preferences between answers (DPO, beta {config.train.dpo_beta:g})"
     return _TASKS[config.data.task]
+
+
+def _wording(config: Config, usage: Usage) -> list[tuple[str, str]]:
+    """Return the rows that say what the model is asked and what it answers with."""
+    rows = []
+    if config.data.task == "classify":
+        found = "those found in the sites' records; the recipe lists none"
+        rows.append(("labels, in order", _cell(" | ".join(usage.labels)) or found))
+    if config.model.kind == "causal":
+        # as Python writes it: a line break stays visible
+        shown = {"instruction": usage.instruction, "prompt": config.data.prompt}
+        rows += [(name, f"`{_cell(repr(text))}`" if text else "none") for name, text in shown.items()]
+    return rows
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _front(config: Config) -> ModelCardData:

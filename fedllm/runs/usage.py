@@ -73,6 +73,13 @@ print(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 {% endif %}
 {% endif %}
 ```
+{% if not encoder %}
+
+Without fedllm: the instruction is the system message and the prompt the user message of the tokenizer's chat
+template, and the answer begins where the assistant's turn does. A template without a system role has the
+instruction on a line above the prompt; a tokenizer without a template has instruction, prompt and answer on
+lines of their own.{{ likeliest if config.data.labelled }}
+{% endif %}
 """
 
 
@@ -114,8 +121,10 @@ def use_section(config: Config, usage: Usage) -> str:
             instruction=repr(usage.instruction),
             prompt=repr(config.data.prompt),
             texts=_texts(config),
+            likeliest=" The likeliest label, with the token that ends a text behind it, is the answer.",
             length=config.train.max_length,
         )
+        .rstrip()
     )
 
 

@@ -22,7 +22,7 @@ from fedllm.models.load import resolve
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.training.forward import label_scores
 from fedllm.training.session import open_session, tokenise
-from fedllm.training.spec import basis_from_seed
+from fedllm.training.spec import basis_from_seed, public_labels
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "adapter__method": "lora"}
 SHORT = {"federation__rounds": 1, "federation__sites": 1, "train__lr": 0.1}
@@ -108,6 +108,26 @@ def test_a_card_for_free_text_writes_what_the_run_would(
     _, tuned = answer(folder.path, "A text.", max_new_tokens=load_config(folder).evaluation.max_new_tokens)
     assert said == tuned
     assert said
+
+
+def test_a_card_says_what_the_model_is_asked(federate: Any) -> None:
+    asked = {"data__instruction": "Name it | briefly.", "data__prompt": "Seller:\n{text}"}
+    folder = federate(**SHORT, **asked)
+    card = (folder.adapter_dir / "README.md").read_text(encoding="utf-8")
+    labels = " \\| ".join(public_labels(load_config(folder).data))
+    assert f"| labels, in order | {labels} |\n" in card
+    assert "| instruction | `'Name it \\| briefly.'` |\n" in card
+    assert "| prompt | `'Seller:\\n{text}'` |\n" in card
+
+
+def test_labels_that_only_the_records_name_stay_out_of_the_card(federate: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}-secret\n" for n in range(60)))
+    folder = federate(**SHORT, data__source="file", data__path=str(path))
+    card = (folder.adapter_dir / "README.md").read_text(encoding="utf-8")
+    assert "| labels, in order | those found in the sites' records; the recipe lists none |" in card
+    assert "-secret" not in card
+    assert "| instruction | none |" in card
 
 
 def test_a_card_of_a_base_in_a_folder_says_where_to_put_it(

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from fedllm.errors import ConfigError
-from fedllm.federation.generate import merged_model
+from fedllm.federation.generate import export_merged, merged_model
+from fedllm.runs.folder import load_config
+from fedllm.training.spec import public_labels
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "adapter__method": "lora"}
+
+
+def test_a_merged_encoder_knows_its_labels_by_name(federate: Any, tmp_path: Path) -> None:
+    folder = federate(**ENCODER, federation__rounds=1, federation__sites=1)
+    labels = public_labels(load_config(folder).data)
+    merged = AutoConfig.from_pretrained(export_merged(folder.path, tmp_path / "merged"))
+    assert merged.id2label == dict(enumerate(labels))
+    assert merged.label2id == {label: row for row, label in enumerate(labels)}
+    assert merged.num_labels == len(labels)
 
 
 def test_a_model_that_would_read_something_else_is_not_merged(federate: Any) -> None:
