@@ -1,26 +1,38 @@
-"""How a written folder is used: the lines of code of its model card."""
+"""How a written folder is used: the words and lines of code of its model card."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pprint import pformat
+from typing import Literal
 
 from jinja2 import Environment, StrictUndefined
 
 from fedllm.config import Config
 
+Form = Literal["adapter", "matrices", "merged", "gguf"]
 _TEMPLATE = """\
+{% if usage.form == "matrices" %}
+PEFT cannot load this folder: it holds the trained matrices as fedllm keeps them (`fedllm_state.safetensors`).
+{% if usage.personal %}
+`fedllm export RUN DIR --site NAME` writes a site's own adapter as PEFT loads it, where sites were simulated.
+{% else %}
+`fedllm export RUN DIR` reads the base's weights and writes an adapter that PEFT loads.
+{% endif %}
+{% else %}
 ```python
 {% if not encoder %}
 import torch
 {% endif %}
+{% if usage.form == "adapter" %}
 from peft import PeftModel
+{% endif %}
 from transformers import {{ auto }}, AutoTokenizer
 
 {% if not encoder %}
 from fedllm.data.encode import PromptEncoder
 {% endif %}
-{% if usage.embedded %}
+{% if usage.embedded and not usage.merged %}
 from fedllm.models.pull import pull
 {% endif %}
 
@@ -28,9 +40,13 @@ from fedllm.models.pull import pull
 labels = {{ labels }}
 {% endif %}
 source = {{ source }}
+{% if usage.merged %}
+model = {{ auto }}.from_pretrained(source{{ file }}).eval()
+{% else %}
 base = {{ auto }}.from_pretrained(source{{ ", num_labels=len(labels)" if encoder }})
 model = PeftModel.from_pretrained(base, ".").eval()  # "." is this folder
-tokenizer = AutoTokenizer.from_pretrained(source)
+{% endif %}
+tokenizer = AutoTokenizer.from_pretrained(source{{ file }})
 
 {% if encoder %}
 tokens = tokenizer({{ texts }}, truncation=True, max_length={{ length }}, return_tensors="pt")
@@ -80,6 +96,7 @@ template, and the answer begins where the assistant's turn does. A template with
 instruction on a line above the prompt; a tokenizer without a template has instruction, prompt and answer on
 lines of their own.{{ likeliest if config.data.labelled }}
 {% endif %}
+{% endif %}
 """
 
 
@@ -89,6 +106,12 @@ class Usage:
 
     Attributes
     ----------
+    form : {"adapter", "matrices", "merged", "gguf"}
+        What the folder holds: a PEFT adapter, the matrices as fedllm keeps them, or the whole model.
+    file : str
+        Name of the GGUF file.
+    personal : bool
+        Every site has an adapter of its own.
     embedded : bool
         The base is one that fedllm makes (``fedllm models ls``).
     labels : tuple[str, ...]
@@ -97,13 +120,23 @@ class Usage:
         What stands before every record.
     """
 
+    form: Form
+    file: str = ""
+    personal: bool = False
     embedded: bool
     labels: tuple[str, ...]
     instruction: str
 
+    @property
+    def merged(self) -> bool:
+        """Return whether the folder holds the whole model."""
+        return self.form in ("merged", "gguf")
+
 
 def use_section(config: Config, usage: Usage) -> str:
-    """Return the lines of code that load a folder and answer one text; they run in the folder as they are.
+    """Return the lines of code that load a folder and answer one text, or how to get one that loads.
+
+    The lines run in the folder as they are.
 
     Where only the base's folder is known (``model.path``) the reader has to say where it is.
     """
@@ -117,6 +150,7 @@ def use_section(config: Config, usage: Usage) -> str:
             encoder=config.model.kind == "encoder",
             auto=f"AutoModelFor{kind}",
             source=_source(config, usage),
+            file=f', gguf_file="{usage.file}"' if usage.file else "",
             labels=_labels(config, usage),
             instruction=repr(usage.instruction),
             prompt=repr(config.data.prompt),
@@ -129,6 +163,8 @@ def use_section(config: Config, usage: Usage) -> str:
 
 
 def _source(config: Config, usage: Usage) -> str:
+    if usage.merged:
+        return '"."  # this folder'
     if usage.embedded:
         return f'pull("{config.model.called}")  # fedllm makes it where it is not there yet'
     if config.model.path:

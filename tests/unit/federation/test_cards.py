@@ -17,7 +17,7 @@ from fedllm.adapters.method import write_state
 from fedllm.config import ModelSettings
 from fedllm.data.records import Example
 from fedllm.data.sites import simulated_site
-from fedllm.federation.generate import answer
+from fedllm.federation.generate import answer, export_adapter, export_gguf, export_merged
 from fedllm.models.load import resolve
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.training.forward import label_scores
@@ -108,6 +108,75 @@ def test_a_card_for_free_text_writes_what_the_run_would(
     _, tuned = answer(folder.path, "A text.", max_new_tokens=load_config(folder).evaluation.max_new_tokens)
     assert said == tuned
     assert said
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf"])
+def test_a_whole_models_card_scores_as_the_adapter_did(
+    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    folder = federate(**SHORT, adapter__method="lora")
+    target = tmp_path / form
+    if form == "merged":
+        export_merged(folder.path, target)
+    else:
+        export_gguf(folder.path, target, quantization="f32")
+    defined = run_card(target, monkeypatch)
+    labels, expected = scored(folder)
+    found = torch.tensor([defined["score"](label) for label in labels])
+    assert torch.allclose(found, expected, atol=1e-3)
+    card = (target / "README.md").read_text(encoding="utf-8")
+    assert "`tiny-llama` with an adapter merged into it, trained together by 1 simulated site" in card
+    assert "| site-0 | 4 |" in card
+
+
+def test_a_merged_encoders_card_answers(
+    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = federate(**ENCODER, **SHORT)
+    defined = run_card(export_merged(folder.path, tmp_path / "merged"), monkeypatch)
+    _, expected = scored(folder)
+    assert torch.allclose(torch.log_softmax(defined["logits"][0].detach(), dim=-1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["hydra", "dora"])
+def test_where_peft_needs_the_base_the_card_says_how_to_get_it(
+    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    folder = federate(**SHORT, adapter__method=method, strategy__name="average")
+    card = (folder.adapter_dir / "README.md").read_text(encoding="utf-8")
+    assert "PeftModel" not in card
+    assert "`fedllm export RUN DIR` reads the base's weights and writes an adapter that PEFT loads." in card
+    defined = run_card(export_adapter(folder.path, tmp_path / "out"), monkeypatch)
+    labels, expected = scored(folder)
+    found = torch.tensor([defined["score"](label) for label in labels])
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy__name": "fedsa", "adapter__method": "lora"},
+        {"federation__mode": "local", "strategy__name": "fedit", "adapter__method": "lora"},
+    ],
+)
+def test_a_sites_own_adapter_has_a_card_of_its_own(
+    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    folder = federate(**SHORT | {"federation__sites": 2} | settings)
+    card = (folder.adapter_dir / "README.md").read_text(encoding="utf-8")
+    assert "PeftModel" not in card
+    assert "`fedllm export RUN DIR --site NAME` writes a site's own adapter" in card
+    there = folder.site_dir("site-1") / "adapter"
+    assert run_card(there, monkeypatch)["labels"]
+    assert "told by the report of the run" in (there / "README.md").read_text(encoding="utf-8")
+    target = export_adapter(folder.path, tmp_path / "out", site="site-1")
+    assert run_card(target, monkeypatch)["labels"]
+    exported = (target / "README.md").read_text(encoding="utf-8")
+    assert "# LoRA adapter of tiny-llama, site site-1\n" in exported
+    assert "| site-1 | 4 |" in exported
+    assert "| site-0 | 4 |" not in exported
+    alone = "each alone: a baseline" in exported
+    assert alone == ("federation__mode" in settings)
 
 
 def test_a_card_says_what_the_model_is_asked(federate: Any) -> None:
