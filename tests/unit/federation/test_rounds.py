@@ -33,7 +33,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.plan import basis_plan
 from fedllm.privacy.policy import SitePolicy
 from fedllm.runs.checkpoints import latest_checkpoint
-from fedllm.runs.folder import create_run, open_run
+from fedllm.runs.folder import create_run, load_config, open_run
 
 
 def is_train(message: Message) -> bool:
@@ -376,6 +376,13 @@ def test_public_svd_is_made_at_a_site_shipped_once_and_counted(
     assert checkpoint.state.spec.basis.startswith("shipped:")
     again = federate(dir="again", adapter__basis="public-svd", adapter__init=str(folder.adapter_dir))
     assert again.report_file.is_file()
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_quantised_base_gives_a_basis_too(federate: Any, kind: str) -> None:
+    one = {"federation__sites": 1, "federation__rounds": 1}
+    folder = federate(adapter__basis="public-svd", model__quantization=kind, **one)
+    assert PeftModel.from_pretrained(load_base(load_config(folder).model), folder.adapter_dir)
 
 
 def test_going_on_from_an_adapter_and_refusing_another_form(federate: Any, events: Any) -> None:
