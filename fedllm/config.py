@@ -47,6 +47,7 @@ STRATEGIES = (
 TRACKERS = ("tensorboard", "mlflow", "wandb")
 #: Settings that name files and folders of the machine that runs it.
 PATHS = ("run.dir", "run.resume", "data.path", "model.path", "adapter.basis_path", "adapter.init")
+DEFAULT_MODEL = "smollm2-135m-instruct"
 SERVER_OPTIMIZERS = ("fedavgm", "fedadam", "fedyogi", "fedadagrad", "nesterov", "fedhyper")
 
 
@@ -81,9 +82,7 @@ class RunSettings:
 class ModelSettings:
     """The base model, identical at every site."""
 
-    name: str = setting(
-        "smollm2-135m-instruct", "an embedded model (fedllm models ls) or a Hugging Face name"
-    )
+    name: str = setting(DEFAULT_MODEL, "an embedded model (fedllm models ls) or a Hugging Face name")
     path: str = setting("", "a folder with config.json, weights and tokenizer (air-gapped machines)")
     kind: str = setting(
         "causal",
@@ -103,6 +102,16 @@ class ModelSettings:
     quantization: str = setting(
         "none", "bitsandbytes quantisation of the base", choices=("none", "8bit", "4bit")
     )
+
+    @property
+    def called(self) -> str:
+        """Return what the base is called: its name, or its folder's where ``path`` alone is given.
+
+        A folder's config.json may name another model, the one that this one was fine-tuned from.
+        """
+        if self.path and self.name == DEFAULT_MODEL:
+            return Path(self.path).expanduser().resolve().name
+        return self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +151,7 @@ class DataSettings:
     source: str = setting("icd10", "icd10, mcc, file or hub", choices=("icd10", "mcc", "file", "hub"))
     path: str = setting("", "csv, jsonl or parquet file (source=file; local and simulated runs only)")
     name: str = setting("", "Hugging Face data set name (source=hub)")
+    subset: str = setting("", "configuration of the Hugging Face data set, where it has several")
     split: str = setting("train", "split of the Hugging Face data set")
     text: str = setting("text", "column with the input text")
     pair: str = setting("", "column with a second input text, such as a hypothesis or a context")

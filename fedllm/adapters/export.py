@@ -14,7 +14,7 @@ from torch import nn
 from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis
 from fedllm.adapters.hydra import merged_factors
-from fedllm.adapters.layers import Factors
+from fedllm.adapters.layers import Factors, frozen_weight
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.adapters.vectors import ia3_config
 from fedllm.errors import RunError
@@ -95,7 +95,7 @@ def save_with_base(state: AdapterState, base: nn.Module, folder: Path, *, base_m
     weights, biases = {}, {}
     for module in state.spec.shapes:
         layer = base.get_submodule(module)
-        weights[module] = layer.get_parameter("weight").detach().float().cpu().numpy()
+        weights[module] = frozen_weight(layer)
         bias = dict(layer.named_parameters(recurse=False)).get("bias")
         if bias is not None:
             biases[module] = bias.detach().float().cpu().numpy()

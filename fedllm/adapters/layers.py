@@ -49,6 +49,14 @@ class Folded(nn.Module):
         return result + nn.functional.linear(inner, self.up).to(result.dtype)
 
 
+def frozen_weight(layer: nn.Module) -> Matrix:
+    """Return a frozen map's weight in float32, shape (out, in); of a quantised one what its codes stand for."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Matrix = dequantize_module_weight(layer).detach().float().cpu().numpy()
+    return weight
+
+
 class LoraFamily(AdapterMethod):
     """Methods that live in PEFT's LoRA layers."""
 

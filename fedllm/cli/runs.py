@@ -218,7 +218,7 @@ def export(
         typer.Option(metavar="OWNER/NAME", help="Then upload what was written to this hub repository."),
     ] = "",
 ) -> None:
-    """Write a run's adapter as a PEFT folder that PeftModel.from_pretrained loads, or the merged model."""
+    """Write a run's adapter as PeftModel.from_pretrained loads it, or the merged model, with a model card."""
     from huggingface_hub import HfApi
 
     from fedllm.federation.generate import export_adapter, export_gguf, export_merged

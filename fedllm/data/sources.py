@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,6 +24,8 @@ from fedllm.errors import ConfigError, DataError
 Columns = dict[str, list[Any]]
 _INSTRUCTIONS = {"icd10": "Name the ICD-10-CM chapter.", "mcc": "Name the merchant category."}
 _SHOWN_ROWS = 3
+# of the error of datasets for a configuration that is missing or unknown
+_SUBSETS = re.compile(r"(?:available configs|Available): \[(.+?)\]")
 
 log = logging.getLogger("fedllm.site")
 
@@ -156,8 +159,13 @@ def _terminology(data: DataSettings) -> Columns:
 def _hub(data: DataSettings) -> Columns:
     """Return the columns of a Hugging Face data set; class numbers become class names."""
     try:
-        records = datasets.load_dataset(data.name, split=data.split)
+        records = datasets.load_dataset(data.name, name=data.subset or None, split=data.split)
     except Exception as error:
+        subsets = _SUBSETS.search(str(error))
+        if subsets:
+            raise DataError(
+                f"data.subset: data set {data.name} has the configurations {subsets[1]}; name one of them."
+            ) from None
         # network, hub and builder each raise kinds of their own, and all mean the same here
         raise DataError(
             f"data set {data.name} (split {data.split}) cannot be loaded ({type(error).__name__}). Check "

@@ -23,6 +23,7 @@ from fedllm.errors import DivergedError, FedllmError, MismatchError, PrivacyErro
 from fedllm.evaluation.metrics import bootstrap_interval, majority
 from fedllm.federation.blobs import BlobStore
 from fedllm.federation.booking import book
+from fedllm.federation.cards import site_card
 from fedllm.federation.local import Start, finish, projected, receive, sketch_layout
 from fedllm.federation.makebasis import WITH_CORE, make_basis, read_basis
 from fedllm.federation.memory import SiteMemory
@@ -245,8 +246,9 @@ def _export_personal(site: Site, session: Session, start: Start) -> None:
     if session.method.export != "base":
         basis = _basis(site, start.state.spec)
         assert basis is not None, "the round was prepared with it"
-        name = site.config.model.name
+        name = site.config.model.called
         save_peft_adapter(start.state, basis, folder, base_model=name, folded=start.folded)
+    site_card(site.config, folder, site=site.name)
 
 
 def _last_change(config: Config, start: Start, memory: SiteMemory, round: int) -> dict[str, np.ndarray]:

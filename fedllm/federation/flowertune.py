@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from fedllm.data.benchmarks import file_rows, hub_rows
 from fedllm.errors import ConfigError
 from fedllm.evaluation.flowertune import TASKS, Question, Task, fixed_verdict, leaderboard_verdict, questions
-from fedllm.federation.generate import export_adapter
+from fedllm.federation.generate import write_adapter
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.models.quiet import quiet
 from fedllm.runs.events import read_events
@@ -150,7 +150,7 @@ def evaluate_run(
         raise ConfigError(f"{run.path}: its model is an encoder; it classifies and writes no text.")
     with TemporaryDirectory() as scratch:
         # adapter and questions first: a large base takes long to load
-        adapter = export_adapter(folder, Path(scratch) / "adapter", site=site)
+        adapter = write_adapter(folder, Path(scratch) / "adapter", site=site)
         asked = {task.name: questions(task, _rows(task, file)[: limit or None]) for task in tasks}
         tokenizer = load_tokenizer(config.model)
         model = PeftModel.from_pretrained(load_base(config.model), adapter).eval()

@@ -13,6 +13,7 @@ from fedllm.adapters.export import WEIGHTS_FILE, load_state, save_with_base
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.sources import default_instruction
 from fedllm.errors import ConfigError, RunError
+from fedllm.federation.cards import run_card
 from fedllm.models.gguf_file import QUANTIZATIONS, require_llama, write_gguf
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.models.load import load_config as load_model_config
@@ -21,6 +22,16 @@ from fedllm.training.spec import public_labels
 
 
 def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
+    """Write a finished run's adapter as a PEFT folder with a model card.
+
+    Parameters and errors are those of :func:`write_adapter`.
+    """
+    write_adapter(folder, target, site=site)
+    run_card(open_run(folder), target, site=site)
+    return target
+
+
+def write_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
     """Write a finished run's adapter as a PEFT folder; Hydra's and DoRA's read the base for it.
 
     Parameters
@@ -48,7 +59,7 @@ def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
         raise RunError(f"{run.path}: every site has an adapter of its own; name one with --site.")
     labels = max((out for out, _ in state.spec.head.values()), default=0)
     base = load_base(config.model, labels=labels)
-    save_with_base(state, base, target, base_model=config.model.name)
+    save_with_base(state, base, target, base_model=config.model.called)
     return target
 
 
@@ -64,10 +75,12 @@ def export_merged(folder: Path, target: Path, *, site: str = "") -> Path:
     ModelError
         If the base cannot be loaded.
     """
-    config = load_config(open_run(folder))
+    run = open_run(folder)
+    config = load_config(run)
     _require_free(target)
     merged_model(folder, site=site).save_pretrained(target)
     load_tokenizer(config.model).save_pretrained(target)
+    run_card(run, target, form="merged", site=site)
     return target
 
 
@@ -97,15 +110,18 @@ def export_gguf(folder: Path, target: Path, *, quantization: str = "f16", site: 
     """
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"--quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}.")
-    config = load_config(open_run(folder))
+    run = open_run(folder)
+    config = load_config(run)
     # said before minutes of merging
     require_llama(load_model_config(config.model))
     _require_free(target)
     model, tokenizer = merged_model(folder, site=site), load_tokenizer(config.model)
-    name = config.model.name.rpartition("/")[2]
+    name = config.model.called.rpartition("/")[2]
     target.mkdir(parents=True, exist_ok=True)
     file = target / f"{name}-{quantization}.gguf"
-    return write_gguf(model, tokenizer, file, name=name, quantization=quantization)
+    write_gguf(model, tokenizer, file, name=name, quantization=quantization)
+    run_card(run, target, form="gguf", file=file.name, site=site)
+    return file
 
 
 def merged_model(folder: Path, *, site: str = "") -> PreTrainedModel:
@@ -131,6 +147,9 @@ def merged_model(folder: Path, *, site: str = "") -> PreTrainedModel:
             "a quantised base, or an adapter of virtual tokens, cannot be merged; export the adapter alone."
         )
     merged: PreTrainedModel = tuned_model(folder, site=site).merge_and_unload()
+    if config.model.kind == "encoder":
+        names = dict(enumerate(public_labels(config.data)))
+        merged.config.id2label, merged.config.label2id = names, {name: row for row, name in names.items()}
     return merged
 
 
@@ -147,7 +166,7 @@ def tuned_model(folder: Path, *, site: str = "") -> PeftModel:
     config = load_config(open_run(folder))
     labels = len(public_labels(config.data)) if config.model.kind == "encoder" else 0
     with TemporaryDirectory() as scratch:
-        adapter = export_adapter(folder, Path(scratch) / "adapter", site=site)
+        adapter = write_adapter(folder, Path(scratch) / "adapter", site=site)
         return PeftModel.from_pretrained(load_base(config.model, labels=labels), adapter).eval()
 
 

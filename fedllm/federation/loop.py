@@ -379,7 +379,7 @@ def _export(run: ServerRun) -> None:
     save_state(run.state, folder, seed=run.seed)
     personal = run.plan(run.config.federation.rounds).personal
     if run.basis is not None and not personal and METHODS[run.spec.method].export != "base":
-        name, folded = run.config.model.name, run.folded.factors()
+        name, folded = run.config.model.called, run.folded.factors()
         save_peft_adapter(run.state, run.basis, folder, base_model=name, folded=folded)
     if run.basis is not None and run.spec.basis.startswith("shipped:"):
         save_file(run.basis.tensors, folder / BASIS_FILE)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from fedllm.adapters.basis import Basis, gradient_basis, svd_basis
+from fedllm.adapters.layers import frozen_weight
 from fedllm.adapters.state import AdapterSpec, require_same_layout
 from fedllm.config import Config
 from fedllm.data.encode import Encoded
@@ -45,10 +46,7 @@ def make_basis(site: Site, spec: AdapterSpec, notes: Notes) -> tuple[Basis, Note
     config, kind = site.config, site.config.adapter.basis
     if kind == "public-svd":
         base = load_base(config.model)
-        weights = {
-            module: base.get_submodule(module).get_parameter("weight").detach().float().cpu().numpy()
-            for module in spec.shapes
-        }
+        weights = {module: frozen_weight(base.get_submodule(module)) for module in spec.shapes}
         return svd_basis(weights, rank=spec.rank), {}
     units, plan, booked = _units(site, config, notes)
     gradients = weight_gradients(config, spec, units, plan=plan)

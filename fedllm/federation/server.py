@@ -14,9 +14,9 @@ from threadpoolctl import threadpool_limits
 
 from fedllm.config import Config, Scalar
 from fedllm.errors import FedllmError, RunError
+from fedllm.federation.cards import run_card
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.run import ServerRun, announce, require_unfinished, resume_run, start_run
-from fedllm.runs.card import write_card
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, create_run, load_config, locked, open_run
 from fedllm.runs.manifest import write_manifest
@@ -76,11 +76,11 @@ def _work(config: Config, folder: RunFolder, grid: Grid, *, resume: bool) -> Run
         write_manifest(
             folder,
             config=config,
-            model={"name": config.model.name, "architecture": run.spec.base, "weights": run.weights},
+            model={"name": config.model.called, "architecture": run.spec.base, "weights": run.weights},
             data=run.data,
             simulated=run.simulated,
         )
-        write_card(folder)
+        run_card(folder, folder.adapter_dir, personal=bool(run.plan(config.federation.rounds).personal))
         # whoever started the server may stop it after the last event
         run.tracking.close(finished=True)
         append_event(folder, "run_finished", seconds=time.monotonic() - start)

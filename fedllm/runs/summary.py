@@ -83,7 +83,7 @@ def _trained(config: Config, events: Sequence[Event]) -> tuple[str, ...]:
     used = sum(event["accepted"] for event in replies)
     return (
         f"A small addition (adapter: {method}, rank {config.adapter.rank}) to the language model "
-        f"{config.model.name}, on {records}. The model itself was not changed.",
+        f"{config.model.called}, on {records}. The model itself was not changed.",
         f"{together}.",
         *_outcome(events),
         *((f"{used} of {count(len(replies), 'reply', 'replies')} were used.",) if replies else ()),

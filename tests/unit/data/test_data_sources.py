@@ -125,13 +125,13 @@ def test_hub_class_numbers_become_names(monkeypatch: pytest.MonkeyPatch) -> None
         {"note": datasets.Value("string"), "y": datasets.ClassLabel(names=["no", "yes"])}
     )
     made = datasets.Dataset.from_dict({"note": ["a", "b"], "y": [1, 0]}, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: made)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: made)
     data = DataSettings(source="hub", name="some/set-1", text="note", label="y")
     assert load_records(data)[:] == {"text": ["a", "b"], "label": ["yes", "no"]}
 
 
 def test_hub_errors_point_to_a_local_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str, split: str) -> None:
+    def offline(path: str, name: str | None, split: str) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
@@ -139,7 +139,35 @@ def test_hub_errors_point_to_a_local_file(monkeypatch: pytest.MonkeyPatch) -> No
         load_records(DataSettings(source="hub", name="some/set-2"))
 
 
+@pytest.mark.parametrize("subset", ["", "mian"])
+def test_a_configuration_that_is_missing_or_unknown_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subset: str
+) -> None:
+    data = DataSettings(source="hub", name=str(_two_configurations(tmp_path, monkeypatch)), subset=subset)
+    with pytest.raises(DataError, match=r"^data.subset: .* the configurations 'main', 'socratic'; name one"):
+        load_records(data)
+
+
+def test_subset_names_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = str(_two_configurations(tmp_path, monkeypatch))
+    for subset in ("main", "socratic"):
+        assert load_records(DataSettings(source="hub", name=name, subset=subset))["text"][:] == [subset]
+
+
+def _two_configurations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a data set as a hub keeps one with two configurations, and a cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    hub = folder / "hub"
+    hub.mkdir()
+    configs = ""
+    for name in ("main", "socratic"):
+        (hub / f"{name}.jsonl").write_text(f'{{"text": "{name}", "label": "x"}}\n')
+        configs += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+    (hub / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return hub
+
+
 def test_hub_needs_one_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.DatasetDict())
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: datasets.DatasetDict())
     with pytest.raises(DataError, match=r"data.split must name one split"):
         load_records(DataSettings(source="hub", name="some/set-3", split=""))

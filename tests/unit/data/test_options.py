@@ -106,7 +106,7 @@ def test_a_hubs_class_names_are_letters(monkeypatch: pytest.MonkeyPatch) -> None
     made = datasets.Dataset.from_dict(
         {"text": ["x"], "opa": ["p"], "opb": ["q"], "cop": [1]}, features=features
     )
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: made)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, split: made)
     data = settings("", source="hub", name="a/b", options="opa,opb", label="cop", answers="letter")
     assert load_records(data)[0] == {"text": "x", "label": "B", "options": ["p", "q"]}
 

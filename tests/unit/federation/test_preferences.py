@@ -15,7 +15,6 @@ from fedllm.federation.audit import static_checks, subject
 from fedllm.federation.estimate import estimate
 from fedllm.federation.inversion import attack_updates
 from fedllm.federation.membership import attack_membership
-from fedllm.runs.card import write_card
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.report import write_report
@@ -78,7 +77,7 @@ def test_held_out_pairs_are_won_and_nothing_else_is_claimed(
     words = " ".join(text.split())
     assert "Mean share of pairs with a positive margin on held-out records: tuned" in words
     assert "untuned base 50.0" in words
-    card = " ".join(write_card(folder).read_text(encoding="utf-8").split())
+    card = " ".join((folder.adapter_dir / "README.md").read_text(encoding="utf-8").split())
     assert "preferences between answers (DPO, beta 0.1)" in card
     assert "share of pairs with a positive margin: untuned base" in card
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,19 @@ from threadpoolctl import threadpool_info
 
 from fedllm.adapters.export import save_peft_adapter
 from fedllm.adapters.state import AdapterSpec, AdapterState
-from fedllm.config import Config
+from fedllm.config import Config, ModelSettings
 from fedllm.errors import BudgetError, FedllmError, MismatchError, PrivacyError, RunError
 from fedllm.federation import client as client_module
 from fedllm.federation.records import pack, unpack, wire_size
 from fedllm.federation.run import start_run
 from fedllm.federation.site import identify, public_reason, real_site
-from fedllm.models.load import load_base
+from fedllm.models.load import load_base, resolve
 from fedllm.privacy.accounting import require_delta
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.plan import basis_plan
 from fedllm.privacy.policy import SitePolicy
 from fedllm.runs.checkpoints import latest_checkpoint
-from fedllm.runs.folder import create_run, open_run
+from fedllm.runs.folder import create_run, load_config, open_run
 
 
 def is_train(message: Message) -> bool:
@@ -257,6 +259,29 @@ def test_public_heldout_metrics_may_show(federate: Any, events: Any) -> None:
     assert "one unit is added or removed" in card.text
 
 
+def test_a_base_that_is_a_folder_is_called_as_its_folder(federate: Any, tmp_path: Path) -> None:
+    model = shutil.copytree(resolve(ModelSettings(name="tiny-llama")), tmp_path / "private" / "ward-model")
+    folder = federate(
+        model__name=ModelSettings().name, model__path=str(model), adapter__method="lora", federation__rounds=1
+    )
+    card = ModelCard.load(folder.adapter_dir / "README.md")
+    assert card.data.base_model == "ward-model"
+    assert json.loads(folder.manifest_file.read_text())["model"]["name"] == "ward-model"
+    adapter = json.loads((folder.adapter_dir / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "ward-model"
+    for page in (folder.report_file.read_text(), str(card)):
+        assert "ward-model" in page
+        assert "smollm2" not in page
+    for file in (*folder.adapter_dir.iterdir(), folder.manifest_file):
+        assert str(model.parent).encode() not in file.read_bytes(), file
+
+
+def test_a_named_base_keeps_its_name_wherever_it_lies() -> None:
+    assert ModelSettings(name="ward/notes-7b", path="/srv/models/x").called == "ward/notes-7b"
+    assert ModelSettings(path="/srv/models/x/").called == "x"
+    assert ModelSettings().called == ModelSettings().name
+
+
 def test_a_crash_after_booking_stays_spent_and_the_run_ends_within_budget(
     federate: Any, resume: Any, events: Any
 ) -> None:
@@ -351,6 +376,13 @@ def test_public_svd_is_made_at_a_site_shipped_once_and_counted(
     assert checkpoint.state.spec.basis.startswith("shipped:")
     again = federate(dir="again", adapter__basis="public-svd", adapter__init=str(folder.adapter_dir))
     assert again.report_file.is_file()
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_quantised_base_gives_a_basis_too(federate: Any, kind: str) -> None:
+    one = {"federation__sites": 1, "federation__rounds": 1}
+    folder = federate(adapter__basis="public-svd", model__quantization=kind, **one)
+    assert PeftModel.from_pretrained(load_base(load_config(folder).model), folder.adapter_dir)
 
 
 def test_going_on_from_an_adapter_and_refusing_another_form(federate: Any, events: Any) -> None:
