@@ -50,7 +50,7 @@ class Folded(nn.Module):
 
 
 def frozen_weight(layer: nn.Module) -> Matrix:
-    """Return a frozen map's weight in float32, shape (out, in); of a quantised one what its codes stand for."""
+    """Return a frozen map's weight, float32, shape (out, in); of a quantised one what its codes mean."""
     from peft.utils.integrations import dequantize_module_weight
 
     weight: Matrix = dequantize_module_weight(layer).detach().float().cpu().numpy()
