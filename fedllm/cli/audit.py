@@ -51,6 +51,10 @@ def audit(
     inversion: Annotated[
         bool, typer.Option("--inversion", help="Read a record from one step's update, as a coordinator.")
     ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="A real site's policy: --static and --mechanism with its own records and limits."),
+    ] = None,
     trials: Annotated[int, typer.Option(min=100, help="Trials of --mechanism in each world.")] = 10_000,
     canaries: Annotated[int, typer.Option(min=10, help="Canaries of --run, a site; canary sites.")] = 1000,
     records: Annotated[int, typer.Option(min=1, help="Most records a site of --mia.")] = 500,
@@ -61,12 +65,15 @@ def audit(
     if not any(chosen.values()):
         # the static audit looks at a site's private step
         chosen |= {"static": config.privacy.enabled or not config.site_privacy.enabled, "mechanism": True}
+    beyond = [f"--{kind}" for kind in ("run", "mia", "inversion") if chosen[kind]]
+    if policy is not None and beyond:
+        raise ConfigError(f"--policy goes with --static and --mechanism, not with {', '.join(beyond)}.")
     from fedllm.federation.site import use_threads
 
     use_threads(config)
     auditors: dict[str, Callable[[], Found]] = {
-        "static": lambda: _static(folder, config),
-        "mechanism": lambda: _mechanism(config, trials),
+        "static": lambda: _static(folder, config, policy),
+        "mechanism": lambda: _mechanism(config, policy, trials),
         "run": lambda: _run(config, canaries),
         "mia": lambda: _mia(folder, records),
         "inversion": lambda: _inversion(config),
@@ -114,20 +121,20 @@ def _subject(name: str, overrides: list[str]) -> tuple[RunFolder | None, Config]
     return None, Config.from_toml(find_recipe(name), overrides)
 
 
-def _static(folder: RunFolder | None, config: Config) -> Found:
+def _static(folder: RunFolder | None, config: Config, policy: Path | None) -> Found:
     from fedllm.federation.audit import run_checks, static_checks, subject
 
-    checks = static_checks(subject(config))
+    checks = static_checks(subject(config, policy))
     return Found([*checks, *(run_checks(folder, config) if folder is not None else [])])
 
 
-def _mechanism(config: Config, trials: int) -> Found:
+def _mechanism(config: Config, policy: Path | None, trials: int) -> Found:
     from fedllm.federation.audit import audit_mechanism, subject
     from fedllm.federation.site_canaries import audit_site_mechanism
 
     found = []
     if config.privacy.enabled or not config.site_privacy.enabled:
-        found.append(audit_mechanism(subject(config).plan, trials=trials))
+        found.append(audit_mechanism(subject(config, policy).plan, trials=trials))
     if config.site_privacy.enabled:
         found += audit_site_mechanism(config, trials=trials)
     return Found([one.check for one in found], tuple(bound for one in found for bound in one.bounds))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from fedllm.aggregation import make_rule
 from fedllm.config import Config
-from fedllm.data.sites import simulated_site, simulated_sites
+from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, FedllmError, PrivacyError
 from fedllm.federation.plan import check_recipe
+from fedllm.federation.site import real_site
 from fedllm.privacy.accounting import ADD_OR_REMOVE, cross_check, epsilon, require_delta
 from fedllm.privacy.audit import Check
 from fedllm.privacy.entropy import SecureGenerator
@@ -40,21 +42,31 @@ _RARE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What an audit looks at: a recipe's first site as a private run would have it."""
+    """What an audit looks at: one site as a private run would have it.
+
+    Attributes
+    ----------
+    units : Mapping[str, int]
+        Site -> number of units that delta is held against, of all sites that are known here.
+    """
 
     config: Config
+    units: Mapping[str, int]
     plan: PrivacyPlan
     session: Session
     tokens: SiteTokens
 
 
-def subject(config: Config) -> Subject:
-    """Return a recipe's first simulated site, ready to train.
+def subject(config: Config, policy: Path | None = None) -> Subject:
+    """Return a recipe's first simulated site, or the real one of a policy, ready to train.
 
     Raises
     ------
     ConfigError
-        If the recipe is not private, or its adapter's frozen matrices come from records.
+        If the recipe is not private, its adapter's frozen matrices come from records, or its records are
+        at real sites alone.
+    BudgetError
+        If the policy does not allow the recipe.
     """
     check_recipe(config)
     if not config.privacy.enabled:
@@ -65,10 +77,20 @@ def subject(config: Config) -> Subject:
         raise ConfigError(
             f"adapter.basis={config.adapter.basis}: audit the recipe with adapter.basis=seeded."
         )
-    data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=0)
+    public = 0
+    if policy is not None:
+        site = real_site(policy, config)
+        config, data, public = site.config, site.data(), site.policy.public_units
+        units = {data.name: public or len(data.units)}
+    elif config.data.source == "file" and not config.data.path:
+        raise ConfigError("the records are at real sites: audit there, with --policy SITE.toml.")
+    else:
+        everyone = list(simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed))
+        data, units = everyone[0], {one.name: len(one.units) for one in everyone}
     return Subject(
         config=config,
-        plan=make_plan(config, units=len(data.units), site=data.name),
+        units=units,
+        plan=make_plan(config, units=len(data.units), site=data.name, public_units=public),
         session=open_session(config, spec, basis),
         tokens=tokenise(data, config),
     )
@@ -79,7 +101,7 @@ def static_checks(found: Subject) -> list[Check]:
     config, plan = found.config, found.plan
     train = make_rule(config).plan(found.session.spec, 1).train
     return [
-        _delta(config),
+        _delta(config, found.units),
         _accountant(plan, config),
         _sampler(plan),
         _own_loss(found, train),
@@ -91,16 +113,16 @@ def static_checks(found: Subject) -> list[Check]:
     ]
 
 
-def _delta(config: Config) -> Check:
+def _delta(config: Config, units: Mapping[str, int]) -> Check:
     """Check delta against the number of units of every site."""
-    smallest = math.inf
-    for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed):
-        smallest = min(smallest, len(data.units))
+    for site, count in units.items():
         try:
-            require_delta(config.privacy.delta, records=len(data.units), site=data.name)
+            require_delta(config.privacy.delta, records=count, site=site)
         except PrivacyError as error:
             return Check("delta", False, str(error))
-    return Check("delta", True, f"delta={config.privacy.delta:g} is below 1/n at all sites (n >= {smallest})")
+    sites = "at all sites" if len(units) > 1 else f"at {next(iter(units))}"
+    smallest = min(units.values())
+    return Check("delta", True, f"delta={config.privacy.delta:g} is below 1/n {sites} (n >= {smallest})")
 
 
 def _accountant(plan: PrivacyPlan, config: Config) -> Check:

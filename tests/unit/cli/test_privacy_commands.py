@@ -116,6 +116,27 @@ def test_budget_of_a_real_site(tmp_path: Path) -> None:
     assert "exceeds its policy's 4" in str(over.exception)
 
 
+def test_a_real_site_audits_a_recipe_with_its_own_records(tmp_path: Path) -> None:
+    policy = tmp_path / "site.toml"
+    lines = 'site = "north"\ndata_path = "records.csv"\nmax_epsilon = 4.0\nmax_delta = 1e-4\n'
+    policy.write_text(lines + "public_units = 350\n")
+    rows = ["text,label", *[f"record {i},{'ab'[i % 2]}" for i in range(400)]]
+    (tmp_path / "records.csv").write_text("\n".join(rows) + "\n")
+    words = [*RECIPE, "data.source=file", "data.labels=a | b"]
+    alone = invoke("audit", *words, "--static")
+    assert "audit there, with --policy SITE.toml" in str(alone.exception)
+    words += ["--policy", str(policy)]
+    done = invoke("audit", *words, "--static", "--mechanism", "--trials", "300")
+    assert done.exit_code == 0, done.output
+    # the public number, not the true one
+    assert "below 1/n at north (n >= 350)" in said(done)
+    assert "goes with --static and --mechanism, not with --mia" in str(
+        invoke("audit", *words, "--mia").exception
+    )
+    policy.write_text(lines.replace("4.0", "1.0"))
+    assert "exceeds its policy's 1" in str(invoke("audit", *words, "--static").exception)
+
+
 def test_whole_sites_are_audited_alone() -> None:
     sites = [word for word in RECIPE if not word.startswith("privacy.")]
     sites += ["site_privacy.enabled=true", "site_privacy.noise_multiplier=2"]
