@@ -99,19 +99,14 @@ class ModelSettings:
         "number format of the base; auto: bfloat16 where the processor computes in it, else float32",
         choices=("auto", "bfloat16", "float32"),
     )
-    quantization: str = setting(
-        "none", "bitsandbytes quantisation of the base", choices=("none", "8bit", "4bit")
-    )
+    quantization: str = setting("none", "bitsandbytes quantisation", choices=("none", "8bit", "4bit"))
 
     @property
     def called(self) -> str:
-        """Return what the base is called: its name, or its folder's where ``path`` alone is given.
-
-        A folder's config.json may name another model, the one that this one was fine-tuned from.
-        """
-        if self.path and self.name == DEFAULT_MODEL:
-            return Path(self.path).expanduser().resolve().name
-        return self.name
+        """Return what the base is called: its name, or its folder's where ``path`` alone is given."""
+        # a folder's config.json may name another model, the one that this one was fine-tuned from
+        unnamed = self.path and self.name == DEFAULT_MODEL
+        return Path(self.path).expanduser().resolve().name if unnamed else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +198,8 @@ class FederationSettings:
 
     mode: str = setting(
         "federated",
-        "federated; or the baselines local (each site alone) and central (pooled records, simulated only)",
-        choices=("federated", "local", "central"),
+        "federated; or a baseline: base (no training), local (each site alone), central (pooled records)",
+        choices=("federated", "base", "local", "central"),
     )
     sites: int = setting(4, "number of sites", minimum=1)
     rounds: int = setting(5, "number of rounds", minimum=1)

@@ -33,15 +33,31 @@ class Engine(StrEnum):
     process = "process"
 
 
+class Mode(StrEnum):
+    """A recipe, or one of its baselines."""
+
+    federated = "federated"
+    base = "base"
+    local = "local"
+    central = "central"
+
+
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe that ships (fedllm ls), or a file.")],
     overrides: Overrides = None,
     engine: Annotated[
         Engine, typer.Option(help="simulation: Flower's engine, sites in parallel; process: one process.")
     ] = Engine.simulation,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="Short for federation.mode=...: the recipe as a federation, or a baseline: base (the "
+            "untuned model is measured, nothing trained), local (each site alone), central (pooled records)."
+        ),
+    ] = None,
 ) -> None:
     """Run a recipe with simulated sites on this machine."""
-    values, folder, config = _settings(find_recipe(recipe), overrides or [])
+    values, folder, config = _settings(find_recipe(recipe), [*(overrides or []), *_mode(mode)])
     from fedllm.federation.plan import check_recipe
     from fedllm.models.load import load_config
 
@@ -64,6 +80,10 @@ def run(
         _say_resume(folder, recipe)
         raise
     _print_result(folder)
+
+
+def _mode(mode: Mode | None) -> list[str]:
+    return [] if mode is None else [f"federation.mode={mode}"]
 
 
 def _settings(recipe: Path, overrides: list[str]) -> tuple[dict[str, Scalar], Path, Config]:

@@ -211,7 +211,7 @@ def _site_cells(site: str, events: Sequence[Event], pair: Pair) -> list[str]:
     ]
     return [
         pair.cell(base) or absent,
-        pair.cell(final, "majority_") or (absent if pair is LABELS else "-"),
+        pair.cell(final or base, "majority_") or (absent if pair is LABELS else "-"),
         pair.cell(final) or absent,
         pair.interval(final),
         (pair.more and pair.more.cell(final)) or "-",

@@ -223,14 +223,16 @@ def _project(site: Site, notes: Notes, parts: Parts) -> Answer:
 def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
     """Score the finished adapter and the untuned base; a personal adapter is exported at the site."""
     config = site.config
+    trained = config.federation.mode != "base"
     session, tokens, plan, start, _ = _prepare(site, notes, parts, config.federation.rounds + 1)
     result: Notes = {"weights": session.weights}
-    if plan.personal:
+    if plan.personal and trained:
         _export_personal(site, session, start)
     if not site.metrics_may_leave:
-        return result | noised_counts(site, notes, session, tokens, start), {}
+        return result | (noised_counts(site, notes, session, tokens, start) if trained else {}), {}
     records = config.evaluation.final_records
-    result |= _scores(session, tokens, site, start, records=records, interval=True)
+    if trained:
+        result |= _scores(session, tokens, site, start, records=records, interval=True)
     result |= _scores(session, tokens, site, None, records=records, prefix="base_", interval=True)
     truth = tokens.heldout_labels[: records or None]
     if config.data.labelled and truth:

@@ -218,6 +218,8 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int, site: str = "") ->
 
 
 def _adapter_dir(run: RunFolder, site: str) -> Path:
+    if load_config(run).federation.mode == "base":
+        raise RunError(f"{run.path}: the untuned base was measured and nothing trained; there is no adapter.")
     source = run.site_dir(site) / "adapter" if site else run.adapter_dir
     if not source.is_dir():
         what = (

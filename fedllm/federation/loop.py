@@ -44,7 +44,7 @@ class Aggregator(Protocol):
 
 
 def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
-    """Run all rounds that are left, evaluate the result and export it.
+    """Run all rounds that are left, evaluate the result and export it; the untuned base is evaluated only.
 
     Raises
     ------
@@ -53,6 +53,9 @@ def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
         rounds stay on disk and the run can be resumed.
     """
     gather_sites(run, grid)
+    if run.config.federation.mode == "base":
+        _final_evaluation(run, grid)
+        return
     ship_basis(run, grid)
     for round in range(run.next_round, run.config.federation.rounds + 1):
         greet(run, grid)
@@ -342,8 +345,11 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
     """Have every site compare the finished adapter with the untuned base."""
     peers: list[Peer] = [run.peers[name] for name in sorted(run.peers)]
     last, done = run.config.federation.rounds + 1, 0
+    stages = [("base", "base_"), ("final", "")][: 1 if run.config.federation.mode == "base" else 2]
     contents = [(peer, pack(notes, parts)) for peer, notes, parts in run.messages(peers, last)]
-    for reply in counted(run, grid, contents, stage="evaluation", kind="evaluate", round=last):
+    replies = counted(run, grid, contents, stage="evaluation", kind="evaluate", round=last)
+    run.weights = run.weights or common_weights(replies)
+    for reply in replies:
         try:
             if reply.reason:
                 raise RunError(reply.reason)
@@ -351,7 +357,7 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
             notes = reply.notes | noised_accuracies(
                 reply.notes, noise_multiplier=run.config.evaluation.noise_multiplier
             )
-            for stage, prefix in (("base", "base_"), ("final", "")):
+            for stage, prefix in stages:
                 append_event(
                     run.folder,
                     "evaluated",

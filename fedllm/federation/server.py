@@ -80,7 +80,9 @@ def _work(config: Config, folder: RunFolder, grid: Grid, *, resume: bool) -> Run
             data=run.data,
             simulated=run.simulated,
         )
-        run_card(folder, folder.adapter_dir, personal=bool(run.plan(config.federation.rounds).personal))
+        if config.federation.mode != "base":
+            personal = bool(run.plan(config.federation.rounds).personal)
+            run_card(folder, folder.adapter_dir, personal=personal)
         # whoever started the server may stop it after the last event
         run.tracking.close(finished=True)
         append_event(folder, "run_finished", seconds=time.monotonic() - start)

@@ -77,7 +77,8 @@ class RoundMetrics:
 
 def metrics_withheld(config: Config) -> bool:
     """Return whether sites of this run keep their held-out metrics to themselves."""
-    shown = config.data.heldout_public or config.evaluation.noise_multiplier > 0
+    noised = config.evaluation.noise_multiplier > 0 and config.federation.mode != "base"
+    shown = config.data.heldout_public or noised
     return config.private_replies and not shown
 
 

@@ -22,6 +22,9 @@ NOISE_WORDS = {
 }
 
 
+NOTHING_TRAINED = "Nothing was trained: no update left a site, and no privacy budget was spent."
+
+
 @dataclass(frozen=True)
 class PrivacyStatement:
     """What is promised, by whom it is kept, and what is not promised.
@@ -83,6 +86,9 @@ def privacy_statement(
     heldout : float or None
         Largest epsilon of a site's private held-out records, where counts over them left with noise.
     """
+    if config.federation.mode == "base":
+        shown = ("The untuned base's metrics, where they are shown.", *_ALWAYS_OPEN)
+        return PrivacyStatement((NOTHING_TRAINED, *_simulation(simulated)), unprotected=shown)
     own = (
         _records(config, epsilons=epsilons, simulated=simulated, limits=limits or {}, spent=heldout)
         if config.privacy.enabled

@@ -82,6 +82,7 @@ def render_report(
     config = as_told(config, events)
     withheld = metrics_withheld(config)
     absent = WITHHELD if withheld else UNKNOWN
+    untrained = config.federation.mode == "base"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE).render(
         style=STYLE,
@@ -92,6 +93,7 @@ def render_report(
         tiles=_tiles(config, events, rounds=rounds, sites=sites, absent=absent),
         plots=round_charts(config, rounds),
         rounds_note=rounds_note(config, rounds),
+        no_rounds="None: this is a baseline." if untrained else "No reply has arrived yet.",
         columns=_columns(config),
         sites=[{"name": site.name, "cells": _cells(site, config, absent)} for site in sites],
         total={"name": "All sites", "cells": _cells(total(sites), config, absent)},
@@ -133,13 +135,14 @@ def _tiles(
     sums = totals(traffic(events))
     finished = sum(metrics.federation.seconds is not None for metrics in rounds)
     name, metric = next(iter(judged_by(config).items()))
-    final = mean.final[name]
+    trained = config.federation.mode != "base"
+    what, value = ("tuned", mean.final[name]) if trained else ("untuned base", mean.base[name])
     tiles = [
-        ("Rounds", f"{finished} of {config.federation.rounds}"),
+        ("Rounds", f"{finished} of {config.federation.rounds}" if trained else "none"),
         ("Sites", str(len(sites) or config.federation.sites)),
-        (f"Mean {metric.title}, tuned", absent if final is None else metric.text(final)),
+        (f"Mean {metric.title}, {what}", absent if value is None else metric.text(value)),
     ]
-    if config.privacy.enabled:
+    if config.privacy.enabled and trained:
         tiles.append(("Largest epsilon", _epsilon(mean.epsilon, config)))
     tiles.append(("Left the sites", size(sum(up for up, _ in sums.values()))))
     return tiles

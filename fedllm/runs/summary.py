@@ -10,7 +10,7 @@ from fedllm.config import Config
 from fedllm.runs.events import Event
 from fedllm.runs.measures import Metric, judged_by
 from fedllm.runs.metrics import metrics_withheld
-from fedllm.runs.privacy_text import best_guess
+from fedllm.runs.privacy_text import NOTHING_TRAINED, best_guess
 from fedllm.runs.sites import SiteSummary, total
 from fedllm.runs.traffic import totals, traffic
 from fedllm.runs.whole_sites import towards, whole_sites_spent
@@ -70,15 +70,18 @@ def _trained(config: Config, events: Sequence[Event]) -> tuple[str, ...]:
     kind = "simulated site" if joined is not None and joined["simulated"] else "site"
     by = count(started["sites"] if started else config.federation.sites, kind)
     rounds = count(started["rounds"] if started else config.federation.rounds, "round")
+    records = {"hub": config.data.name, "file": "records from files"}.get(
+        config.data.source, f"{config.data.source} records"
+    )
+    if config.federation.mode == "base":
+        measured = f"the untuned language model {config.model.called} was measured on held-out {records}"
+        return (f"Nothing: {measured} of {by}. This is a baseline.", *_outcome(events))
     together = {
         "federated": f"{by} trained together over {rounds}",
         "local": f"{by} trained over {rounds}, each alone: this is a baseline",
         "central": f"The pooled records of {by} trained it over {rounds}: this is a baseline",
     }[config.federation.mode]
     method = METHODS[config.adapter.method].title
-    records = {"hub": config.data.name, "file": "records from files"}.get(
-        config.data.source, f"{config.data.source} records"
-    )
     replies = [event for event in events if event["event"] == "site_reply"]
     used = sum(event["accepted"] for event in replies)
     return (
@@ -115,6 +118,11 @@ def _helped(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
     name, metric = next(iter(judged_by(config).items()))
     mean = total(sites)
     final, base, majority = mean.final[name], mean.base[name], mean.majority.get(name)
+    constant = "" if majority is None else f", most frequent label {metric.text(majority)}"
+    direction = "" if metric.best == "highest" else " (lower is better)"
+    if config.federation.mode == "base" and base is not None:
+        untuned = f"untuned base {metric.text(base)}{constant}{direction}"
+        return (f"Nothing was trained. Mean {metric.title} on held-out records: {untuned}.",)
     if final is None or base is None:
         return ("Not measured yet: base and finished adapter are compared at the end of a run.",)
     against = {
@@ -123,8 +131,6 @@ def _helped(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
             sites, metric, name, lambda site: site.majority.get(name)
         ),
     }
-    constant = "" if majority is None else f", most frequent label {metric.text(majority)}"
-    direction = "" if metric.best == "highest" else " (lower is better)"
     return (
         _verdict(metric.gain(final, base), None if majority is None else metric.gain(final, majority)),
         f"Mean {metric.title} on held-out records: tuned {metric.text(final)}, "
@@ -194,6 +200,8 @@ def _left(config: Config, events: Sequence[Event]) -> tuple[str, ...]:
 
 
 def _promised(config: Config, events: Sequence[Event], sites: Sequence[SiteSummary]) -> tuple[str, ...]:
+    if config.federation.mode == "base":
+        return (NOTHING_TRAINED,)
     sentences: tuple[str, ...] = ()
     if config.privacy.enabled:
         sentences += _promised_for_units(config, total(sites).epsilon)
@@ -225,6 +233,8 @@ def _share(value: float) -> str:
 
 def _open(config: Config) -> tuple[str, ...]:
     always = "settings and labels, who takes part and when, and how many bytes are sent"
+    if config.federation.mode == "base":
+        return (f"Open are measured results that were sent, {always}.",)
     if not config.private_replies:
         return (
             "The records behind updates and adapter: whoever sees those may learn something about single "

@@ -44,7 +44,7 @@ TEMPLATE = """\
 {% endfor %}
 </div>
 {% if rounds_note %}<p class="note">{{ rounds_note }}</p>{% endif %}
-{% else %}<p class="muted">No reply has arrived yet.</p>{% endif %}
+{% else %}<p class="muted">{{ no_rounds }}</p>{% endif %}
 
 <h2>Sites</h2>
 {% if sites %}

@@ -43,7 +43,9 @@ def adapter_spec(config: Config) -> AdapterSpec:
         )
     basis = "none"
     if METHODS[adapter.method].has_basis:
-        basis = f"seeded:{basis_seed(config)}" if adapter.basis == "seeded" else "shipped:"
+        # the untuned base alone is no reason to make a basis of anybody's records
+        seeded = adapter.basis == "seeded" or config.federation.mode == "base"
+        basis = f"seeded:{basis_seed(config)}" if seeded else "shipped:"
     if adapter.method in ("fed-sb", "ravan"):
         _require_fitting(adapter.rank, shapes)
     return AdapterSpec(
