@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedllm.config import Config
 from fedllm.data.encode import Encoded
 from fedllm.data.sites import simulated_site
 from fedllm.errors import ConfigError
+from fedllm.federation.reading import Reading, read_in_order
+from fedllm.federation.spans import Rows, distances, inputs_of_tokens, prepared, released, row_span
 from fedllm.privacy.audit import Check
-from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan, make_plan
-from fedllm.training.session import Session, SiteTokens, open_session, tokenise
-from fedllm.training.spec import adapter_spec, basis_from_seed
-from fedllm.training.steps import private_release, record_gradients
+from fedllm.training.session import Session, SiteTokens, tokenise
+from fedllm.training.spec import adapter_spec
+from fedllm.training.steps import record_gradients
 
-_CHUNK = 2048
 _METHODS = {"A": "lora", "B": "lora", "R": "fed-sb"}
-
-
-class _Reached(Exception):
-    """The forward pass has reached the map that is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +82,10 @@ class Matching:
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
-    """Both attacks, with and without privacy."""
+    """All attacks, with and without privacy."""
 
     rows: tuple[RowSpan, ...]
+    reading: Reading
     matching: Matching
 
     @property
@@ -109,6 +104,7 @@ class Inversion:
             )
             detail = f"tokens read from the gradient of one record: {shares}; with privacy {private:.1%}"
             lines.append(Check(f"row span of {matrix}", None, detail))
+        lines.append(self.reading.check)
         match = self.matching
         detail = (
             f"a record was found among {match.candidates} candidates {match.found} of {match.tried} times "
@@ -131,7 +127,8 @@ def attack_updates(config: Config, *, records: int = 8, candidates: int = 30, ra
     candidates : int
         Records among which one has to be found by its gradient.
     rank : int
-        Rank of the attacked adapters, or less where the model's matrices are smaller.
+        Rank of the attacked adapters, or less where the model's matrices are smaller; twice that where
+        records are read in order.
 
     Raises
     ------
@@ -143,34 +140,23 @@ def attack_updates(config: Config, *, records: int = 8, candidates: int = 30, ra
     data = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=0)
     plan = replace(make_plan(config, units=len(data.units), site=data.name), units=1, sample_rate=1.0, cap=0)
     shapes = adapter_spec(config.replace(adapter__rank=1, adapter__layers="0")).shapes.values()
-    rank = min(rank, *(min(shape) for shape in shapes))
+    smallest = min(min(shape) for shape in shapes)
+    rank, reading_rank = min(rank, smallest), min(2 * rank, smallest)
     rows: list[RowSpan] = []
     matching = None
     for method in ("lora", "fed-sb"):
         attacked = config.replace(
             adapter__method=method, strategy__name="average", adapter__rank=rank, adapter__layers="0"
         )
-        session, tokens = _prepared(attacked), tokenise(data, attacked)
+        session, tokens = prepared(attacked), tokenise(data, attacked)
         chosen = _by_length(tokens, records)
         for matrix in (name for name, owner in _METHODS.items() if owner == method):
             rows += _row_spans(session, chosen, plan, matrix=matrix)
         if method == "fed-sb":
             matching = _match(session, tokens.train[:candidates], plan, tried=min(records, candidates))
     assert matching is not None, "one of the methods is Fed-SB"
-    return Inversion(rows=tuple(rows), matching=matching)
-
-
-def _prepared(config: Config) -> Session:
-    """Return a session whose factors are not zero, as after some rounds."""
-    spec = adapter_spec(config)
-    basis = basis_from_seed(spec)
-    assert basis is not None, "seeded adapters only"
-    session = open_session(config, spec, basis)
-    source = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in session.parameters.values():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=source).to(parameter))
-    return session
+    reading = read_in_order(config, tokenise(data, config), plan, records=records, rank=reading_rank)
+    return Inversion(rows=tuple(rows), reading=reading, matching=matching)
 
 
 def _by_length(tokens: SiteTokens, count: int) -> list[Encoded]:
@@ -184,14 +170,14 @@ def _row_spans(
 ) -> list[RowSpan]:
     """Rank the vocabulary by the distance to the row span of a gradient; the record's tokens should lead."""
     key = next(name for name in session.parameters if name.endswith(f".{matrix}"))
-    table = _inputs_of_tokens(session, key.rpartition(".")[0])
+    table = inputs_of_tokens(session, key.rpartition(".")[0])
     if matrix != "A":
         table = table @ _down(session, key).T
     found = []
     for record in records:
         tokens = sorted({*record.prompt, *record.answer[:-1], *record.rejected[:-1]})
         plain = record_gradients(session, session.parameters, [record])
-        noised = _released(session, record, plan)
+        noised = released(session, record, plan)
         found.append(
             RowSpan(
                 matrix=matrix,
@@ -204,59 +190,22 @@ def _row_spans(
     return found
 
 
-def _nearest(gradient: Tensor, table: npt.NDArray[np.float64], count: int) -> tuple[int, ...]:
+def _nearest(gradient: Tensor, table: Rows, count: int) -> tuple[int, ...]:
     """Return the vocabulary entries nearest to the gradient's row span, nearest first."""
-    _, values, rows = np.linalg.svd(gradient.double().numpy(), full_matrices=False)
-    span = rows[values > 1e-6 * values[0]]
-    sizes = np.linalg.norm(table, axis=1)
-    inside = np.linalg.norm(table @ span.T, axis=1)
-    distance = np.sqrt(np.maximum(0.0, 1 - (inside / np.maximum(sizes, 1e-12)) ** 2))
+    distance = distances(row_span(gradient), table)
     # where everything lies in the span nothing is told: such ties count as any other order would
     best = np.argsort(distance + 1e-9 * np.random.default_rng(0).random(len(distance)))[:count]
     return tuple(best.tolist())
 
 
-def _inputs_of_tokens(session: Session, module: str) -> npt.NDArray[np.float64]:
-    """Return what every token of the vocabulary gives an adapted map of the lowest layer, (V, in)."""
-    (layer,) = (part for name, part in session.model.named_modules() if name.endswith(f"{module}.base_layer"))
-    held: list[Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        held.append(inputs[0].detach()[:, 0])
-        raise _Reached
-
-    vocabulary = int(session.base.config.get_text_config().vocab_size)
-    hook = layer.register_forward_pre_hook(keep)
-    try:
-        for ids in torch.split(torch.arange(vocabulary, device=session.base.device)[:, None], _CHUNK):
-            # the rest of the model is of no interest
-            with torch.no_grad(), suppress(_Reached):
-                session.base.get_decoder()(input_ids=ids, use_cache=False)
-    finally:
-        hook.remove()
-    found: npt.NDArray[np.float64] = torch.cat(held).double().cpu().numpy()
-    return found
-
-
-def _down(session: Session, key: str) -> npt.NDArray[np.float64]:
+def _down(session: Session, key: str) -> Rows:
     """Return the matrix that stands before the attacked one, shape (rank, in)."""
     module = key.rpartition(".")[0]
     (layer,) = (
         part for name, part in session.model.named_modules() if name.endswith(f"{module}.lora_A.default")
     )
-    found: npt.NDArray[np.float64] = layer.get_parameter("weight").detach().double().cpu().numpy()
+    found: Rows = layer.get_parameter("weight").detach().double().cpu().numpy()
     return found
-
-
-def _released(session: Session, record: Encoded, plan: PrivacyPlan) -> Mapping[str, Tensor]:
-    return private_release(
-        {key: value.shape for key, value in session.parameters.items()},
-        [[record]],
-        gradients_of=lambda records: record_gradients(session, session.parameters, records),
-        plan=plan,
-        generator=SecureGenerator(),
-        micro_batch=1,
-    )
 
 
 def _match(session: Session, candidates: Sequence[Encoded], plan: PrivacyPlan, *, tried: int) -> Matching:
@@ -266,7 +215,7 @@ def _match(session: Session, candidates: Sequence[Encoded], plan: PrivacyPlan, *
         for r in candidates
     ]
     table = torch.stack([value / value.norm().clamp_min(1e-12) for value in plain])
-    noised = [_flat(_released(session, candidates[place], plan)) for place in range(tried)]
+    noised = [_flat(released(session, candidates[place], plan)) for place in range(tried)]
     return Matching(
         tried=tried,
         candidates=len(candidates),
