@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedllm.config import Config
 from fedllm.runs.measures import METRICS
-from fedllm.runs.metrics import site_gap, worst_site
+from fedllm.runs.sites import spread
 
 Event = Mapping[str, Any]
 
@@ -180,12 +180,11 @@ def _fairness(name: str, events: Sequence[Event], pair: Pair) -> str:
     """Say which site fares worst and how far the best is, empty for fewer than two sites."""
     metric = pair.names[0]
     final = {e["site"]: e[metric] for e in events if e["event"] == "evaluated" and e["stage"] == "final"}
-    known = {site: float(value) for site, value in final.items() if value is not None}
-    if len(known) < 2:
+    found = spread(final, best=METRICS[metric].best)
+    if found is None:
         return ""
-    worst, value = worst_site(known, best=METRICS[metric].best)
-    ends = (f"{pair.scale * number:.{pair.digits}f}" for number in (value, site_gap(known)))
-    return "{}: worst site {} with {}, {} between sites".format(name, worst, *ends)
+    worst, gap = (f"{pair.scale * number:.{pair.digits}f}" for number in (found.worst, found.gap))
+    return f"{name}: worst site {found.site} with {worst}, {gap} between sites"
 
 
 def _terms(events: Sequence[Event]) -> str:

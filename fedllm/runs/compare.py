@@ -21,9 +21,10 @@ from fedllm.runs.outcomes import SCALARS, Estimate, Outcome, Row, make_rows
 _TABLES = (("accuracy", "macro_f1"), ("exact_match", "token_f1", "rouge_l"), ("loss",))
 NOTE = (
     "Held-out records; mean over sites, then mean over seeds ± half of the 95 % interval (Student t; none "
-    "for one seed). Worst site: {end} {metric} of a site, mean over seeds. Up, down: bytes a site sends and "
-    "gets in a round. Run total: all sites, both directions, one-off traffic included. Epsilon: largest of "
-    "all sites and seeds. The picture draws points with nearly the same bytes side by side."
+    "for one seed). Worst site: {end} {metric} of a site; gap: how far the best site is from it; both mean "
+    "over seeds. Up, down: bytes a site sends and gets in a round. Run total: all sites, both directions, "
+    "one-off traffic included. Epsilon: largest of all sites and seeds. The picture draws points with nearly "
+    "the same bytes side by side."
 )
 
 
@@ -40,6 +41,7 @@ def columns(metric: str) -> tuple[str, ...]:
         "seeds",
         *(METRICS[name].heading for name in shown_metrics(metric)),
         f"worst site {METRICS[metric].unit}".strip(),
+        "gap",
         "up",
         "down",
         "run total",
@@ -65,7 +67,10 @@ def row_cells(row: Row, metric: str) -> list[str]:
         row.method,
         str(row.seeds),
         *(score(row.scores[name], METRICS[name]) for name in shown_metrics(metric)),
-        score(None if row.worst is None else Estimate(row.worst, None), METRICS[metric]),
+        *(
+            score(None if value is None else Estimate(value, None), METRICS[metric])
+            for value in (row.worst, row.gap)
+        ),
         *("-" if n is None else traffic(n) for n in (row.bytes_up, row.bytes_down, row.bytes_total)),
         "none" if row.epsilon is None else f"{row.epsilon:.2f}",
         "-" if row.seconds is None else f"{row.seconds:.0f}",
@@ -144,13 +149,13 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _csv(outcomes: Sequence[Outcome]) -> str:
-    names = (*METRICS, "worst")
+    names = (*METRICS, "worst", "gap")
     stages = ("tuned", "base", "majority")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["group", "method", "seed", *(f"{s}_{name}" for s in stages for name in names), *SCALARS])
     for run in outcomes:
         scores = (run.tuned, run.base, run.majority)
-        found = [value for score in scores for value in (*score.means.values(), score.worst)]
+        found = [value for score in scores for value in (*score.means.values(), score.worst, score.gap)]
         writer.writerow([run.group, run.method, run.seed, *found, *(getattr(run, name) for name in SCALARS)])
     return text.getvalue()

@@ -32,6 +32,14 @@ class Metric:
         """
         return f"{self.scale * value:.{self.digits}f} {self.unit}".strip()
 
+    def distance(self, value: float) -> str:
+        """Return a difference of two values with its unit.
+
+        >>> METRICS["accuracy"].distance(0.125), METRICS["loss"].distance(0.5)
+        ('12.5 points', '0.500')
+        """
+        return f"{self.scale * value:.{self.digits}f}{' points' if self.unit == '%' else ''}"
+
     def gain(self, value: float, other: float) -> float:
         """Return by how much a value is better than another; negative where it is worse."""
         return value - other if self.best == "highest" else other - value

@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.measures import METRICS
-from fedllm.runs.metrics import mean, worst_site
+from fedllm.runs.metrics import mean, site_gap, worst_site
 
 #: Key in a comparison's ``[baselines]`` -> name in table and picture, and the line's dashes there.
 BASELINES = {
@@ -35,10 +35,13 @@ class Scores:
         Key of `METRICS` -> mean over sites.
     worst : float or None
         The compared metric at the site that fares worst.
+    gap : float or None
+        How far the best site is from it; None for one site.
     """
 
     means: Mapping[str, float | None]
     worst: float | None
+    gap: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ class Row:
     seeds: int
     scores: Mapping[str, Estimate | None]
     worst: float | None
+    gap: float | None
     bytes_up: float | None = None
     bytes_down: float | None = None
     bytes_total: float | None = None
@@ -187,6 +191,7 @@ def _scores(events: Sequence[Event], stage: str, metric: str, *, prefix: str = "
     return Scores(
         means={name: mean(values.values()) for name, values in found.items()},
         worst=worst_site(known, best=METRICS[metric].best)[1] if known else None,
+        gap=site_gap(known) if len(known) > 1 else None,
     )
 
 
@@ -207,5 +212,6 @@ def _row(group: str, method: str, scores: Sequence[Scores], **rest: float | None
         seeds=len(scores),
         scores={name: estimate(score.means[name] for score in scores) for name in METRICS},
         worst=mean(score.worst for score in scores),
+        gap=mean(score.gap for score in scores),
         **rest,
     )

@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from fedllm.config import PATHS, Config
 from fedllm.runs.audits import KINDS, Audit, read_audits
+from fedllm.runs.calibration import calibration_rows
 from fedllm.runs.charts import audit_chart, round_charts, rounds_note
 from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
@@ -18,7 +19,7 @@ from fedllm.runs.manifest import read_manifest
 from fedllm.runs.measures import WITH_INTERVAL, judged_by
 from fedllm.runs.metrics import WITHHELD, RoundMetrics, as_told, metrics_withheld, round_metrics
 from fedllm.runs.privacy_text import privacy_statement
-from fedllm.runs.sites import SiteSummary, site_summaries, total
+from fedllm.runs.sites import SiteSummary, site_summaries, spread, total
 from fedllm.runs.style import STYLE
 from fedllm.runs.summary import last, status_of, summarise
 from fedllm.runs.template import TEMPLATE
@@ -96,7 +97,8 @@ def render_report(
         no_rounds="None: this is a baseline." if untrained else "No reply has arrived yet.",
         columns=_columns(config),
         sites=[{"name": site.name, "cells": _cells(site, config, absent)} for site in sites],
-        total={"name": "All sites", "cells": _cells(total(sites), config, absent)},
+        feet=[{"name": "All sites", "cells": _cells(total(sites), config, absent)}, *_ends(sites, config)],
+        calibration=calibration_rows(config, sites),
         absent=(WITHHELD, UNKNOWN),
         private=config.privacy.enabled,
         sites_note=_sites_note(config, withheld=withheld),
@@ -150,9 +152,8 @@ def _tiles(
 
 def _columns(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     """Return each metric's head and what is shown of it."""
-    constant = ("majority",) if config.data.labelled else ()
     return [
-        (f"{metric.title[0].upper()}{metric.title[1:]}", (*constant, "base", "final"))
+        (f"{metric.title[0].upper()}{metric.title[1:]}", _kinds(config))
         for metric in judged_by(config).values()
     ]
 
@@ -160,8 +161,7 @@ def _columns(config: Config) -> list[tuple[str, tuple[str, ...]]]:
 def _cells(site: SiteSummary, config: Config, absent: str) -> list[str]:
     cells = []
     for name, metric in judged_by(config).items():
-        values = [site.majority[name]] if config.data.labelled else []
-        values += [site.base[name], site.final[name]]
+        values = [vars(site)[kind][name] for kind in _kinds(config)]
         cells += [absent if value is None else metric.text(value) for value in values]
         if name in WITH_INTERVAL and site.interval is not None:
             cells[-1] += " ({:.0f} to {:.0f})".format(*(metric.scale * end for end in site.interval))
@@ -173,6 +173,26 @@ def _cells(site: SiteSummary, config: Config, absent: str) -> list[str]:
         size(site.bytes_down),
         f"{site.answered} of {site.asked}",
     ]
+
+
+def _ends(sites: Sequence[SiteSummary], config: Config) -> list[dict[str, Any]]:
+    """Return the rows of the worst site and of the gap, with :func:`_cells`' columns; none for one site."""
+    worst, gap = [], []
+    for name, metric in judged_by(config).items():
+        for kind in _kinds(config):
+            known = {site.name: vars(site)[kind][name] for site in sites}
+            found = spread(known, best=metric.best)
+            worst.append("" if found is None else metric.text(found.worst))
+            gap.append("" if found is None else metric.distance(found.gap))
+    if not any(worst):
+        return []
+    rest = [""] * (len(_cells(total(sites), config, "")) - len(worst))
+    return [{"name": "Worst site", "cells": worst + rest}, {"name": "Gap", "cells": gap + rest}]
+
+
+def _kinds(config: Config) -> tuple[str, ...]:
+    """Return what is shown of each metric: fields of :class:`SiteSummary`."""
+    return (("majority",) if config.data.labelled else ()) + ("base", "final")
 
 
 def _traffic_rows(events: Sequence[Event]) -> list[tuple[str, str, str]]:
@@ -193,6 +213,7 @@ def _sites_note(config: Config, *, withheld: bool) -> str:
     text = (
         f"Base: the untuned model. Final: with the finished adapter{brackets}. "
         "Bytes: training messages as serialised, over all rounds. "
+        "Worst site and gap: the least good value of a site, and how far the best is from it. "
         "All sites: means of metrics, sums of counts and bytes"
     )
     if config.data.labelled:

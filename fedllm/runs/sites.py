@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedllm.runs.events import INTERVAL, QUALITY, Event
-from fedllm.runs.metrics import mean
+from fedllm.runs.metrics import mean, site_gap, worst_site
 
 Scores = Mapping[str, float | None]
 #: The majority class's metrics, of those in `QUALITY`.
@@ -99,6 +99,35 @@ def total(sites: Sequence[SiteSummary]) -> SiteSummary:
 
 def _largest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How differently sites fare: the worst one, its value, and how far the best one is from it."""
+
+    site: str
+    worst: float
+    gap: float
+
+
+def spread(values: Mapping[str, float | None], *, best: str) -> Spread | None:
+    """Return how far sites lie apart, None where fewer than two have a value.
+
+    Parameters
+    ----------
+    values : Mapping[str, float or None]
+        Site -> metric.
+    best : {"highest", "lowest"}
+        Which end of the metric is the good one.
+
+    >>> spread({"a": 0.75, "b": 0.5, "c": None}, best="highest")
+    Spread(site='b', worst=0.5, gap=0.25)
+    """
+    known = {site: value for site, value in values.items() if value is not None}
+    if len(known) < 2:
+        return None
+    site, worst = worst_site(known, best=best)
+    return Spread(site=site, worst=worst, gap=site_gap(known))
 
 
 def _means(names: Sequence[str], scores: Iterable[Scores]) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ from fedllm.runs.events import Event
 from fedllm.runs.measures import Metric, judged_by
 from fedllm.runs.metrics import metrics_withheld
 from fedllm.runs.privacy_text import NOTHING_TRAINED, best_guess
-from fedllm.runs.sites import SiteSummary, total
+from fedllm.runs.sites import SiteSummary, spread, total
 from fedllm.runs.traffic import totals, traffic
 from fedllm.runs.whole_sites import towards, whole_sites_spent
 from fedllm.runs.wording import count, duration, moment, percent, size
@@ -140,7 +140,18 @@ def _helped(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
             for other, (better, equal, worse) in against.items()
             if (measured := better + equal + worse)
         ),
+        *_fairness(sites, metric, name),
         *_chance(sites, metric),
+    )
+
+
+def _fairness(sites: Sequence[SiteSummary], metric: Metric, name: str) -> tuple[str, ...]:
+    found = spread({site.name: site.final[name] for site in sites}, best=metric.best)
+    if found is None:
+        return ()
+    return (
+        f"The worst site is {found.site} with {metric.text(found.worst)}, "
+        f"{metric.distance(found.gap)} from the best.",
     )
 
 

@@ -68,9 +68,29 @@ TEMPLATE = """\
 <tbody>
 {% for site in sites %}<tr><th scope="row"><bdi>{{ site.name }}</bdi></th>{{ cells(site) }}</tr>
 {% endfor %}</tbody>
-<tfoot><tr><th scope="row">{{ total.name }}</th>{{ cells(total) }}</tr></tfoot>
+<tfoot>
+{% for row in feet %}<tr><th scope="row">{{ row.name }}</th>{{ cells(row) }}</tr>
+{% endfor %}</tfoot>
 </table></div>
 <p class="note">{{ sites_note }}</p>
+{% if calibration %}
+<h3>Calibration</h3>
+<div class="card" role="region" aria-label="Table of calibration" tabindex="0"><table>
+<thead>
+<tr><th scope="col" rowspan="2">Site</th><th scope="colgroup" colspan="2">Brier score</th>
+<th scope="colgroup" colspan="2">Calibration error</th></tr>
+<tr>{% for head in ("base", "final") * 2 %}<th scope="col" class="num">{{ head }}</th>{% endfor %}</tr>
+</thead>
+{% macro numbers(row) %}<th scope="row"><bdi>{{ row[0] }}</bdi></th>
+{% for cell in row[1] %}<td class="num">{{ cell }}</td>{% endfor %}{% endmacro %}
+<tbody>
+{% for row in calibration[:-1] %}<tr>{{ numbers(row) }}</tr>
+{% endfor %}</tbody>
+<tfoot><tr>{{ numbers(calibration[-1]) }}</tr></tfoot>
+</table></div>
+<p class="note">How far the model's probabilities can be believed. Brier score: 0 is best, 2 worst.
+Calibration error: how far confidence and share of right answers lie apart, 0 is best.</p>
+{% endif %}
 {% else %}<p class="muted">No site has joined yet.</p>{% endif %}
 
 <h2>Traffic</h2>

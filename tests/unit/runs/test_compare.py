@@ -76,6 +76,7 @@ def test_an_outcome_averages_over_sites_and_counts_bytes_once(finished: Finished
     assert found.tuned.means["accuracy"] == pytest.approx(0.6)
     assert found.tuned.means["macro_f1"] == pytest.approx(0.3)
     assert found.tuned.worst == pytest.approx(0.5)
+    assert found.tuned.gap == pytest.approx(0.2)
     assert found.base.means["accuracy"] == pytest.approx(0.3)
     assert found.majority.means["accuracy"] == pytest.approx(0.25)
     assert (found.bytes_up, found.bytes_down) == (100, 200)
@@ -122,7 +123,7 @@ def test_rows_hold_the_baselines_once_a_group(finished: Finished) -> None:
     assert [row.is_line for row in rows[:3]] == [True, True, False]
     cells = dict(zip(columns("accuracy"), row_cells(rows[2], "accuracy"), strict=True))
     assert cells["accuracy %"] == "60.0 ± 0.0"
-    assert cells["worst site %"] == "50.0"
+    assert (cells["worst site %"], cells["gap"]) == ("50.0", "20.0")
     assert cells["run total"] == "2.2 kB"
     assert cells["epsilon"] == "none"
 
@@ -166,6 +167,7 @@ def test_all_files_are_written(finished: Finished, tmp_path: Path) -> None:
     table = list(csv.DictReader((folder / "compare.csv").open()))
     assert [(row["method"], row["seed"]) for row in table][:2] == [("A|x", "1"), ("A|x", "2")]
     assert table[2]["epsilon"] == "3.0"
+    assert float(table[2]["tuned_gap"]) == pytest.approx(0.2)
     assert table[3]["bytes_total"] == "0"
     assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (folder / "compare.svg").read_text()

@@ -107,6 +107,13 @@ def page(folder: RunFolder) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
+def row(folder: RunFolder, name: str, *, table: int = 0) -> list[str]:
+    """Return the cells of a row that a report has in several tables of sites."""
+    source = folder.report_file.read_text(encoding="utf-8")
+    found = re.findall(rf'<th scope="row">(?:<bdi>)?{name}(?:</bdi>)?</th>(.*?)</tr>', source, re.DOTALL)
+    return re.findall("<td[^>]*>([^<]*)</td>", found[table])
+
+
 def test_finished_run(make_run, reply) -> None:
     folder = make_run(federation__rounds=3, train__lr=0.25)
     fill(folder, reply)
@@ -317,6 +324,53 @@ def test_extracted_numbers_are_judged_by_exact_match(make_run) -> None:
     assert "0.0 % (0 to 4)" in words
     assert "95 % interval of exact match" in words
     assert list(judged_by(load_config(folder))) == ["exact_match", "token_f1"]
+
+
+def labelled(folder: RunFolder, stage: str, site: str, **scores: float) -> None:
+    """Write one site's final evaluation of a classifier."""
+    append_event(
+        folder,
+        "evaluated",
+        stage=stage,
+        site=site,
+        records=200,
+        **({"loss": 1.0, "majority_accuracy": 0.25, "majority_macro_f1": 0.1} | scores),
+    )
+
+
+def test_the_worst_site_and_the_gap_stand_in_summary_and_table(make_run) -> None:
+    folder = make_run()
+    for site, base, final in (("north", 0.3, 0.5), ("south", 0.2, 0.875)):
+        labelled(folder, "base", site, accuracy=base, macro_f1=base)
+        labelled(folder, "final", site, accuracy=final, macro_f1=final / 2)
+    words = page(folder).text.replace("\u00a0", " ")
+    assert "The worst site is north with 50.0 %, 37.5 points from the best." in words
+    # of each metric: majority, base, final
+    assert row(folder, "Worst site")[:6] == ["25.0 %", "20.0 %", "50.0 %", "10.0 %", "20.0 %", "25.0 %"]
+    gaps = ["0.0", "10.0", "37.5", "0.0", "10.0", "18.8"]
+    assert row(folder, "Gap")[:6] == [f"{gap} points" for gap in gaps]
+    assert len(row(folder, "Gap")) == len(row(folder, "All sites"))
+
+
+def test_one_site_has_no_gap(make_run) -> None:
+    folder = make_run()
+    for stage in ("base", "final"):
+        labelled(folder, stage, "north", accuracy=0.5, macro_f1=0.5)
+    assert "The worst site is" not in page(folder).text
+    assert '<th scope="row">Gap</th>' not in folder.report_file.read_text()
+
+
+def test_a_classifiers_calibration_has_a_table(make_run, reply) -> None:
+    folder = make_run()
+    for site, shift in (("north", 0.0), ("south", 0.1)):
+        labelled(folder, "base", site, accuracy=0.3, macro_f1=0.3, brier=0.8 + shift, ece=0.4)
+        labelled(folder, "final", site, accuracy=0.5, macro_f1=0.5, brier=0.5 + shift, ece=0.125)
+    assert "Brier score" in page(folder).text
+    assert row(folder, "north", table=1) == ["0.800", "0.500", "0.400", "0.125"]
+    assert row(folder, "All sites", table=1) == ["0.850", "0.550", "0.400", "0.125"]
+    bare = make_run("bare")
+    fill(bare, reply)
+    assert "Calibration" not in page(bare).text
 
 
 def test_an_interval_is_spoken_of_only_where_its_metric_is_shown(make_run) -> None:
