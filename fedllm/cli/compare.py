@@ -55,6 +55,7 @@ def compare(
 
     \b
     \\[baselines]                     # optional; local and central are run
+    chance = true
     base = true
     majority = true
     local = true
@@ -76,6 +77,7 @@ def compare(
     core_shares(jobs)
     planned = plan(comparison, file, folder)
     wanted = _only(planned, only or [], file)
+    chance = _chance(comparison, planned, file)
     states = {job.name: job.state() for job in planned}
     if comparison.minutes:
         console.print(f"about {comparison.minutes:g} min when nothing has been run", markup=False)
@@ -90,14 +92,16 @@ def compare(
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here")
         raise
-    _write(comparison, planned, folder, source=file.read_bytes())
+    _write(comparison, planned, folder, chance=chance, source=file.read_bytes())
     for name, reason in failures.items():
         console.print(f"failed: {name}: {reason}", style="red", soft_wrap=True, markup=False)
     if failures:
         raise typer.Exit(1)
 
 
-def _write(comparison: Comparison, jobs: Sequence[Job], folder: Path, *, source: bytes) -> None:
+def _write(
+    comparison: Comparison, jobs: Sequence[Job], folder: Path, *, chance: dict[str, float], source: bytes
+) -> None:
     from fedllm.runs.compare import columns, row_cells, write_comparison
     from fedllm.runs.folder import open_run
     from fedllm.runs.manifest import config_digest
@@ -122,6 +126,7 @@ def _write(comparison: Comparison, jobs: Sequence[Job], folder: Path, *, source:
         title=comparison.title,
         metric=comparison.metric,
         baselines=comparison.baselines,
+        chance=chance,
         missing=[job.name for job in jobs if job not in done],
         source=source,
         digests={job.folder.relative_to(folder).as_posix(): config_digest(job.config) for job in done},
@@ -139,6 +144,20 @@ def _write(comparison: Comparison, jobs: Sequence[Job], folder: Path, *, source:
     console.print(
         f"\ntable:   {folder / 'compare.md'}\npicture: {folder / 'compare.png'}", soft_wrap=True, markup=False
     )
+
+
+def _chance(comparison: Comparison, jobs: Sequence[Job], file: Path) -> dict[str, float]:
+    """Return group -> accuracy of guessing among its labels, where the comparison asks for it."""
+    if "chance" not in comparison.baselines:
+        return {}
+    from fedllm.training.spec import public_labels
+
+    groups = {job.group: job.config.data for job in jobs}
+    if comparison.metric != "accuracy" or any(data.task != "classify" for data in groups.values()):
+        raise ConfigError(
+            f'{file}: baselines.chance is for metric = "accuracy" and a recipe with data.task=classify.'
+        )
+    return {group: 1 / len(public_labels(data)) for group, data in groups.items()}
 
 
 def _only(jobs: Sequence[Job], names: Sequence[str], file: Path) -> list[Job]:

@@ -65,7 +65,7 @@ def row_cells(row: Row, metric: str) -> list[str]:
     return [
         row.group,
         row.method,
-        str(row.seeds),
+        str(row.seeds or "-"),
         *(score(row.scores[name], METRICS[name]) for name in shown_metrics(metric)),
         *(
             score(None if value is None else Estimate(value, None), METRICS[metric])
@@ -84,6 +84,7 @@ def write_comparison(
     title: str,
     metric: str,
     baselines: Iterable[str],
+    chance: Mapping[str, float] | None = None,
     missing: Sequence[str],
     source: bytes,
     digests: Mapping[str, str],
@@ -100,6 +101,8 @@ def write_comparison(
         The picture's title and the metric it shows, a key of `METRICS`.
     baselines : Iterable[str]
         Which of ``base`` and ``majority`` to show.
+    chance : Mapping[str, float], optional
+        Group -> accuracy of guessing among its labels, where it is to be shown.
     missing : Sequence[str]
         Runs that are not there; the table's page names them.
     source : bytes
@@ -112,7 +115,7 @@ def write_comparison(
     RunError
         If a file cannot be written.
     """
-    rows = make_rows(outcomes, baselines=set(baselines))
+    rows = make_rows(outcomes, baselines=set(baselines), chance=chance)
     figure = draw(rows, title=title, metric=metric)
     manifest = {
         "schema": 1,

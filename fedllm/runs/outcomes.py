@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from statistics import fmean, stdev
 
@@ -17,6 +17,7 @@ from fedllm.runs.metrics import mean, site_gap, worst_site
 
 #: Key in a comparison's ``[baselines]`` -> name in table and picture, and the line's dashes there.
 BASELINES = {
+    "chance": "chance",
     "base": "untuned base",
     "majority": "majority class",
     "local": "local only",
@@ -145,7 +146,9 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     return Estimate(fmean(known), quantile * stdev(known) / math.sqrt(len(known)))
 
 
-def make_rows(outcomes: Sequence[Outcome], *, baselines: Iterable[str]) -> list[Row]:
+def make_rows(
+    outcomes: Sequence[Outcome], *, baselines: Iterable[str], chance: Mapping[str, float] | None = None
+) -> list[Row]:
     """Return a row for each group and method, in order, after the group's base and majority class.
 
     Parameters
@@ -154,10 +157,16 @@ def make_rows(outcomes: Sequence[Outcome], *, baselines: Iterable[str]) -> list[
         Finished runs, in the order of the table.
     baselines : Iterable[str]
         ``base`` and ``majority`` where wanted; each seed's comes from its first run that has it.
+    chance : Mapping[str, float], optional
+        Group -> accuracy of guessing among its labels.
     """
     rows = []
     for group in dict.fromkeys(outcome.group for outcome in outcomes):
         mine = [outcome for outcome in outcomes if outcome.group == group]
+        if chance and group in chance:
+            means = {**dict.fromkeys(METRICS), "accuracy": chance[group]}
+            guessed = Scores(means=means, worst=chance[group], gap=0.0)
+            rows.append(replace(_row(group, BASELINES["chance"], [guessed]), seeds=0))
         for key in (key for key in ("base", "majority") if key in baselines):
             first: dict[int, Scores] = {}
             for outcome in mine:

@@ -20,7 +20,9 @@ from fedllm.cli.app import app
 from fedllm.cli.comparison import read_comparison
 from fedllm.cli.jobs import core_shares, plan
 from fedllm.config import Config, parse_overrides, read_toml
+from fedllm.data.sources import load_records
 from fedllm.errors import ConfigError
+from fedllm.resources import find_recipe
 
 ROOT = Path(__file__).parents[3]
 HEAD = [sys.executable, "-W", "ignore", "-m", "fedllm.cli.app", "compare"]
@@ -36,6 +38,7 @@ train.local_steps = 1
 evaluation.final_records = 8
 
 [baselines]
+chance = true
 base = true
 majority = true
 
@@ -76,6 +79,8 @@ def test_runs_what_is_missing_skips_what_is_finished_and_reruns_what_changed(
     assert first.exit_code == 0, first.output
     assert "[4/4] all, Fed-SB r=8, seed 2: done" in first.output
     assert "untuned base" in first.output
+    labels = len(set(load_records(Config.from_toml(find_recipe("demo/smoke")).data)["label"]))
+    assert f"| all | chance | - | {100 / labels:.1f} | - |" in (folder / "compare.md").read_text()
     runs = ["all/fed-sb-r-4/1", "all/fed-sb-r-4/2", "all/fed-sb-r-8/1", "all/fed-sb-r-8/2"]
     before = stamps(folder)
     assert sorted(before) == runs
@@ -102,6 +107,13 @@ def test_runs_what_is_missing_skips_what_is_finished_and_reruns_what_changed(
     )
     after = stamps(folder)
     assert [name for name in runs if after[name] != before[name]] == ["all/fed-sb-r-8/2"]
+
+
+def test_chance_is_refused_before_anything_runs_where_there_is_none(tmp_path: Path, compare: Compare) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text('metric = "loss"\n' + FILE)
+    assert "baselines.chance is for metric" in str(compare(file).exception)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_failing_cell_is_named_and_the_others_finish(tmp_path: Path, compare: Compare) -> None:
