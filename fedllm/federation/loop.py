@@ -24,12 +24,12 @@ from fedllm.errors import FedllmError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.local import named_payloads, restart_state
 from fedllm.federation.outgoing import read_update
-from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, number, pack, text
+from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, amounts, number, pack, text
 from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
 from fedllm.federation.site_privacy import book_release, private_outcome
 from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
-from fedllm.runs.events import INTERVAL, QUALITY, append_event
+from fedllm.runs.events import CURVE, INTERVAL, QUALITY, append_event
 from fedllm.runs.metrics import write_metrics
 
 MEASURED = (*QUALITY, "epsilon")
@@ -356,6 +356,7 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
                     records=int(number(reply.notes, "records") or 0),
                     majority_accuracy=number(reply.notes, "majority_accuracy"),
                     majority_macro_f1=number(reply.notes, "majority_macro_f1"),
+                    calibration=amounts(reply.notes, f"{prefix}calibration", length=CURVE),
                     **{name: number(reply.notes, f"{prefix}{name}") for name in (*QUALITY, *INTERVAL)},
                 )
             done += 1
