@@ -18,7 +18,7 @@ TRAINED = ("local", "central")
 
 TABLES = {
     "": ("title", "recipe", "seeds", "metric", "minutes", "settings", "baselines", "cells", "groups"),
-    "baselines": ("base", "majority", *TRAINED),
+    "baselines": ("chance", "base", "majority", *TRAINED),
     **{f"baselines.{key}": ("settings",) for key in TRAINED},
     "cells": ("name", "settings"),
     "groups": ("name", "settings"),

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+#: Bins of the curve that a site reports; the calibration error has finer ones.
+REPORTED_BINS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bin:
@@ -67,22 +70,26 @@ def calibration_bins(probabilities: ArrayLike, truth: Sequence[int], *, bins: in
 
     Parameters are those of :func:`brier_score`.
     """
-    found = np.asarray(probabilities, dtype=np.float64)
-    confidence = found.max(axis=1)
-    right = found.argmax(axis=1) == np.asarray(truth)
-    edges = np.linspace(0, 1, bins + 1)
-    place = np.searchsorted(edges[1:-1], confidence)
-    curve = []
-    for number in np.unique(place):
-        mine = place == number
-        curve.append(
-            Bin(
-                records=int(mine.sum()),
-                confidence=float(confidence[mine].mean()),
-                accuracy=float(right[mine].mean()),
-            )
-        )
-    return tuple(curve)
+    return tuple(_binned(probabilities, truth, bins).values())
+
+
+def reported_curve(probabilities: ArrayLike, truth: Sequence[int]) -> tuple[float, ...]:
+    """Return the calibration curve as a site reports it, so that curves of several sites can be joined.
+
+    Parameters are those of :func:`brier_score`.
+
+    Returns
+    -------
+    tuple of float
+        Ten bins of equal width, three numbers each: records, mean confidence, share of right guesses; zeros
+        where there is no record.
+
+    >>> reported_curve([[0.75, 0.25], [0.125, 0.875]], [0, 0])[-9:]
+    (1.0, 0.75, 1.0, 1.0, 0.875, 0.0, 0.0, 0.0, 0.0)
+    """
+    held, empty = _binned(probabilities, truth, REPORTED_BINS), Bin(records=0, confidence=0.0, accuracy=0.0)
+    parts = [held.get(place, empty) for place in range(REPORTED_BINS)]
+    return tuple(float(value) for part in parts for value in (part.records, part.confidence, part.accuracy))
 
 
 def calibration_error(curve: Sequence[Bin]) -> float:
@@ -94,3 +101,20 @@ def calibration_error(curve: Sequence[Bin]) -> float:
     """
     records = sum(part.records for part in curve)
     return sum(part.records * abs(part.confidence - part.accuracy) for part in curve) / records
+
+
+def _binned(probabilities: ArrayLike, truth: Sequence[int], bins: int) -> dict[int, Bin]:
+    """Return place from 0 -> bin, of those that hold a record."""
+    found = np.asarray(probabilities, dtype=np.float64)
+    confidence = found.max(axis=1)
+    right = found.argmax(axis=1) == np.asarray(truth)
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.searchsorted(edges[1:-1], confidence)
+    return {
+        int(number): Bin(
+            records=int((place == number).sum()),
+            confidence=float(confidence[place == number].mean()),
+            accuracy=float(right[place == number].mean()),
+        )
+        for number in np.unique(place)
+    }

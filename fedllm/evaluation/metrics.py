@@ -36,6 +36,8 @@ class Scores:
         Of written answers, means over records.
     unended : float or None
         Share of written answers that were cut at the largest length.
+    calibration : tuple[float, ...]
+        Of a classification: :func:`~fedllm.evaluation.calibration.reported_curve`.
     correct : tuple[float, ...]
         A record's hit (1, or 0; half for a margin of zero) in accuracy or exact match; never sent.
     """
@@ -51,6 +53,7 @@ class Scores:
     token_f1: float | None = None
     rouge_l: float | None = None
     unended: float | None = None
+    calibration: tuple[float, ...] = ()
     correct: tuple[float, ...] = ()
 
 

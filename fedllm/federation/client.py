@@ -232,8 +232,8 @@ def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
         return result | (noised_counts(site, notes, session, tokens, start) if trained else {}), {}
     records = config.evaluation.final_records
     if trained:
-        result |= _scores(session, tokens, site, start, records=records, interval=True)
-    result |= _scores(session, tokens, site, None, records=records, prefix="base_", interval=True)
+        result |= _scores(session, tokens, site, start, records=records, final=True)
+    result |= _scores(session, tokens, site, None, records=records, prefix="base_", final=True)
     truth = tokens.heldout_labels[: records or None]
     if config.data.labelled and truth:
         # the commonest label of private records stays here; that of the public ones is no secret
@@ -272,7 +272,7 @@ def _scores(
     *,
     records: int,
     prefix: str = "",
-    interval: bool = False,
+    final: bool = False,
 ) -> dict[str, Note]:
     """Return the notes of what an adapter (None: the untuned base) scores; nothing of a single record."""
     scores = evaluate(
@@ -286,9 +286,10 @@ def _scores(
     if scores is None:
         return {}
     measured = {name: vars(scores)[name] for name in QUALITY}
-    if interval:
+    if final:
         limits = bootstrap_interval(scores.correct, seed=site.config.run.seed)
         measured |= dict(zip(INTERVAL, limits, strict=True)) if limits is not None else {}
+        measured |= {"calibration": list(scores.calibration)} if scores.calibration else {}
     # the perplexity of a loss that is too large for it is left out
     known = {name: value for name, value in measured.items() if value is not None and value != math.inf}
     return {"records": scores.records} | {f"{prefix}{name}": value for name, value in known.items()}

@@ -25,12 +25,12 @@ from fedllm.federation.counts import noised_accuracies
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.local import named_payloads, restart_state
 from fedllm.federation.outgoing import read_update
-from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, number, pack, text
+from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, amounts, number, pack, text
 from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
 from fedllm.federation.site_privacy import book_release, private_outcome
 from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
-from fedllm.runs.events import INTERVAL, QUALITY, append_event
+from fedllm.runs.events import CURVE, INTERVAL, QUALITY, append_event
 from fedllm.runs.metrics import write_metrics
 
 MEASURED = (*QUALITY, "epsilon")
@@ -366,6 +366,7 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
                     records=int(number(notes, "records") or 0),
                     majority_accuracy=number(notes, "majority_accuracy"),
                     majority_macro_f1=number(notes, "majority_macro_f1"),
+                    calibration=amounts(notes, f"{prefix}calibration", length=CURVE),
                     heldout_epsilon=number(notes, "heldout_epsilon"),
                     **{name: number(notes, f"{prefix}{name}") for name in (*QUALITY, *INTERVAL)},
                 )

@@ -99,6 +99,24 @@ def whole(notes: Mapping[str, Note], key: str, *, largest: int = 10**9) -> int:
     return value
 
 
+def amounts(notes: Mapping[str, Note], key: str, *, length: int) -> list[float] | None:
+    """Return a note of another party that has to be ``length`` finite numbers from 0, None if it is absent.
+
+    Raises
+    ------
+    WireError
+        If it is anything else.
+    """
+    value = notes.get(key)
+    if value is None:
+        return None
+    held = value if isinstance(value, list) else []
+    found = [item for item in held if isinstance(item, float) and 0 <= item < np.inf]
+    if not len(held) == len(found) == length:
+        raise WireError(f"the note '{key}' is not a list of {length} finite numbers from 0.")
+    return found
+
+
 def texts(notes: Mapping[str, Note], key: str) -> list[str]:
     """Return a note of another party that has to be a list of texts; empty if it is absent."""
     value = notes.get(key, [])

@@ -41,6 +41,7 @@ _METRICS = (
     "unended",
     "interval_low",
     "interval_high",
+    "calibration",
 )
 
 #: Everything a site's private reply may carry, by name; what is not here does not leave.

@@ -40,10 +40,13 @@ QUALITY = (
 )
 #: 95 % interval of a site's accuracy, or of its exact match.
 INTERVAL = ("interval_low", "interval_high")
+#: Numbers of a classifier's calibration curve: ten ranges of confidence of equal width, of each the records,
+#: their mean confidence and the share of right ones; zeros where there is no record.
+CURVE = 30
 #: Fields that older runs have not written; where they are absent they are None.
 _LATER = {
     "site_reply": QUALITY[3:],
-    "evaluated": (*QUALITY[3:], *INTERVAL, "heldout_epsilon"),
+    "evaluated": (*QUALITY[3:], *INTERVAL, "calibration", "heldout_epsilon"),
     "site_noise": ("epsilon_sites", "epsilon_coordinator"),
 }
 
@@ -100,6 +103,7 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
             "records": int | None,
             **dict.fromkeys(QUALITY, float | None),
             **dict.fromkeys(INTERVAL, float | None),
+            "calibration": list | None,
             "majority_accuracy": float | None,
             "majority_macro_f1": float | None,
             "heldout_epsilon": float | None,

@@ -21,6 +21,8 @@ from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, PercentForma
 from fedllm.errors import RunError
 
 Values = Sequence[float | None]
+#: Records, mean confidence and share of right answers of one range of confidence.
+Part = tuple[float, float, float]
 
 TEXT, GRID, SITE, MAIN, SECOND = "#010101", "#020202", "#030303", "#040404", "#050505"
 VARIABLES = {
@@ -144,6 +146,34 @@ def bounds_plot(name: str, bounds: Sequence[tuple[str, float, float]], *, alt: s
         axes.barh([place - 0.19 for place in places], [b for _, _, b in bounds], height=0.34, color=SECOND)
         axes.set_yticks(list(places), [label for label, _, _ in bounds])
         axes.set_xlabel("epsilon")
+        return _svg(figure, name, [], alt)
+
+
+def reliability_plot(name: str, *, tuned: Sequence[Part], base: Sequence[Part], alt: str = "") -> str:
+    """Draw the share of right answers against confidence; a point is as large as its share of the records.
+
+    Parameters
+    ----------
+    tuned, base : sequence of (records, mean confidence, share of right answers)
+        With the finished adapter and of the base, in order of confidence; empty: not drawn.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE[0], 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 1], [0, 1], color=SITE, linewidth=1.1)
+        for parts, colour, width in ((base, SECOND, 1.4), (tuned, MAIN, 2.2)):
+            records = sum(part[0] for part in parts)
+            confidence, right = [part[1] for part in parts], [part[2] for part in parts]
+            axes.plot(confidence, right, color=colour, linewidth=width)
+            sizes = [8 + 140 * part[0] / records for part in parts]
+            axes.scatter(confidence, right, s=sizes, color=colour, clip_on=False, zorder=3)
+        axes.set_xlabel("mean confidence")
+        axes.set_ylabel("right answers")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=5))
+            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         return _svg(figure, name, [], alt)
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from fedllm.config import PATHS, Config
 from fedllm.runs.audits import KINDS, Audit, read_audits
-from fedllm.runs.calibration import calibration_rows
+from fedllm.runs.calibration import calibration_rows, reliability_chart
 from fedllm.runs.charts import audit_chart, round_charts, rounds_note
 from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
@@ -99,6 +99,7 @@ def render_report(
         sites=[{"name": site.name, "cells": _cells(site, config, absent)} for site in sites],
         feet=[{"name": "All sites", "cells": _cells(total(sites), config, absent)}, *_ends(sites, config)],
         calibration=calibration_rows(config, sites),
+        reliability=reliability_chart(events),
         absent=(WITHHELD, UNKNOWN),
         private=config.privacy.enabled,
         sites_note=_sites_note(config, withheld=withheld),

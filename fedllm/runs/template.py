@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 TEMPLATE = """\
+{% macro figure(plot, style="") %}<figure{% if style %} class="{{ style }}"{% endif %}>
+<figcaption>{{ plot.title }}</figcaption>
+{{ plot.svg }}
+<div class="keys">
+{% for key, text in plot.keys %}<span><i class="{{ key }}"></i>{{ text }}</span>{% endfor %}
+</div>
+</figure>{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -35,12 +42,7 @@ TEMPLATE = """\
 {% if plots %}
 <div class="plots{{ ' three' if plots | length == 3 }}">
 {% for plot in plots %}
-<figure><figcaption>{{ plot.title }}</figcaption>
-{{ plot.svg }}
-<div class="keys">
-{% for style, text in plot.keys %}<span><i class="{{ style }}"></i>{{ text }}</span>{% endfor %}
-</div>
-</figure>
+{{ figure(plot) }}
 {% endfor %}
 </div>
 {% if rounds_note %}<p class="note">{{ rounds_note }}</p>{% endif %}
@@ -90,6 +92,9 @@ TEMPLATE = """\
 </table></div>
 <p class="note">How far the model's probabilities can be believed. Brier score: 0 is best, 2 worst.
 Calibration error: how far confidence and share of right answers lie apart, 0 is best.</p>
+{% if reliability %}{{ figure(reliability, "single") }}
+<p class="note">The held-out records of all sites together, in ten ranges of confidence. A point is as large
+as its share of the records; below the line the model is surer than it is right.</p>{% endif %}
 {% endif %}
 {% else %}<p class="muted">No site has joined yet.</p>{% endif %}
 
@@ -157,12 +162,7 @@ refuses a run that would pass its policy.</p>
 {% if audits %}
 <h2>Audits</h2>
 {% if audit_plot %}
-<figure class="single"><figcaption>{{ audit_plot.title }}</figcaption>
-{{ audit_plot.svg }}
-<div class="keys">
-{% for style, text in audit_plot.keys %}<span><i class="{{ style }}"></i>{{ text }}</span>{% endfor %}
-</div>
-</figure>
+{{ figure(audit_plot, "single") }}
 {% endif %}
 {% for audit in audits %}
 <h3>{{ audit.kind }}</h3>

@@ -14,6 +14,7 @@ from fedllm.evaluation.calibration import (
     calibration_bins,
     calibration_error,
     label_probabilities,
+    reported_curve,
 )
 from fedllm.evaluation.metrics import Scores, accuracy, macro_f1, pair_hits, perplexity
 from fedllm.models.load import load_tokenizer
@@ -60,6 +61,7 @@ def label_metrics(
         macro_f1=macro_f1(truth, guess),
         brier=brier_score(probabilities, columns),
         ece=calibration_error(calibration_bins(probabilities, columns)),
+        calibration=reported_curve(probabilities, columns),
         correct=tuple(float(t == g) for t, g in zip(truth, guess, strict=True)),
     )
 

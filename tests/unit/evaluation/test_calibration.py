@@ -15,6 +15,7 @@ from fedllm.evaluation.calibration import (
     calibration_bins,
     calibration_error,
     label_probabilities,
+    reported_curve,
 )
 
 LOGS = np.random.default_rng(3).normal(size=(300, 4)) * 2
@@ -58,6 +59,20 @@ def test_calibration_error_by_hand() -> None:
         (1, pytest.approx(0.9)),
     ]
     assert calibration_error(curve) == pytest.approx((2 * abs(0.75 - 0.5) + abs(0.9 - 1)) / 3)
+
+
+def test_the_reported_curve_holds_every_bin_in_its_place() -> None:
+    found = label_probabilities(LOGS)
+    curve = reported_curve(found, TRUTH)
+    parts = [curve[start : start + 3] for start in range(0, len(curve), 3)]
+    assert len(parts) == 10
+    for place, (records, confidence, _) in enumerate(parts):
+        assert records == ((found.max(axis=1) > place / 10) & (found.max(axis=1) <= (place + 1) / 10)).sum()
+        assert (confidence == 0) == (records == 0)
+    held = [
+        (part.records, part.confidence, part.accuracy) for part in calibration_bins(found, TRUTH, bins=10)
+    ]
+    assert [part for part in parts if part[0]] == held
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1), st.integers(1, 20))

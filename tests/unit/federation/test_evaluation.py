@@ -14,10 +14,10 @@ from rich.console import Console
 
 from fedllm.cli.tables import final_table
 from fedllm.config import Config
-from fedllm.errors import ConfigError, PrivacyError
-from fedllm.federation.records import unpack
+from fedllm.errors import ConfigError, PrivacyError, WireError
+from fedllm.federation.records import amounts, pack, unpack, wire_size
 from fedllm.privacy.release import RELEASES, require_released
-from fedllm.runs.events import INTERVAL, QUALITY, read_events
+from fedllm.runs.events import CURVE, INTERVAL, QUALITY, read_events
 from fedllm.runs.folder import RunFolder
 
 WRITTEN = ("exact_match", "token_f1", "rouge_l", "unended")
@@ -61,6 +61,7 @@ def test_written_answers_travel_as_aggregates(federate: Any, events: Any, text: 
         assert all(event[name] is None for name in LABELS)
     for event in events(folder, "evaluated"):
         assert 0 <= event["interval_low"] <= event["exact_match"] <= event["interval_high"] <= 1
+        assert event["calibration"] is None
     with folder.metrics_file.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert all(float(row["rouge_l"]) <= 1 and row["accuracy"] == "" for row in rows)
@@ -70,8 +71,24 @@ def test_written_answers_travel_as_aggregates(federate: Any, events: Any, text: 
 
 
 def test_labels_travel_with_calibration_and_interval(federate: Any, events: Any) -> None:
-    folder = federate()
+    replies: dict[str, list[dict[str, Any]]] = {"train": [], "evaluate": []}
+
+    def watch(message: Message, reply: Message) -> Message:
+        if message.metadata.message_type in replies:
+            replies[message.metadata.message_type].append(unpack(reply.content)[0])
+        return reply
+
+    folder = federate(watch)
+    assert not any("calibration" in note for note in replies["train"])
+    for note in replies["evaluate"]:
+        curves = {name: value for name, value in note.items() if name.endswith("calibration")}
+        assert set(curves) == {"calibration", "base_calibration"}
+        assert wire_size(pack(curves)) < 700
     for event in events(folder, "evaluated"):
+        parts = [event["calibration"][place : place + 3] for place in range(0, CURVE, 3)]
+        assert sum(records for records, _, _ in parts) == event["records"]
+        hits = sum(records * right for records, _, right in parts)
+        assert hits / event["records"] == pytest.approx(event["accuracy"])
         assert event["interval_low"] <= event["accuracy"] <= event["interval_high"]
         assert 0 <= event["brier"] <= 2
         assert 0 <= event["ece"] <= 1
@@ -96,9 +113,19 @@ def test_a_private_run_sends_none_of_it_unless_the_records_are_public(
         assert ("withheld" in shown(folder)) == (not public)
 
 
+@pytest.mark.parametrize(
+    "curve", [[1.0] * (CURVE - 1), [-1.0] * CURVE, [math.inf] * CURVE, ["1"] * CURVE, 3.0]
+)
+def test_a_curve_of_another_form_is_no_curve(curve: Any) -> None:
+    assert amounts({"calibration": [0.5] * CURVE}, "calibration", length=CURVE) == [0.5] * CURVE
+    assert amounts({}, "calibration", length=CURVE) is None
+    with pytest.raises(WireError, match=f"'calibration' is not a list of {CURVE}"):
+        amounts({"calibration": curve}, "calibration", length=CURVE)
+
+
 def test_the_release_list_names_every_metric_and_nothing_of_a_record() -> None:
     for prefix in ("", "base_"):
-        for name in (*QUALITY, *INTERVAL):
+        for name in (*QUALITY, *INTERVAL, "calibration"):
             assert RELEASES[f"{prefix}{name}"].treatment == "public"
             with pytest.raises(PrivacyError):
                 require_released([f"{prefix}{name}"], metrics_public=False, simulated=True)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.runs.events import append_event
+from fedllm.runs.calibration import pooled_curve
+from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.manifest import write_manifest
 from fedllm.runs.measures import judged_by
@@ -326,7 +327,7 @@ def test_extracted_numbers_are_judged_by_exact_match(make_run) -> None:
     assert list(judged_by(load_config(folder))) == ["exact_match", "token_f1"]
 
 
-def labelled(folder: RunFolder, stage: str, site: str, **scores: float) -> None:
+def labelled(folder: RunFolder, stage: str, site: str, **scores: object) -> None:
     """Write one site's final evaluation of a classifier."""
     append_event(
         folder,
@@ -371,6 +372,29 @@ def test_a_classifiers_calibration_has_a_table(make_run, reply) -> None:
     bare = make_run("bare")
     fill(bare, reply)
     assert "Calibration" not in page(bare).text
+
+
+def curve(parts: dict[int, tuple[float, float, float]]) -> list[float]:
+    return [value for place in range(10) for value in parts.get(place, (0.0, 0.0, 0.0))]
+
+
+def test_the_calibration_curve_is_that_of_all_records_together(make_run) -> None:
+    folder = make_run()
+    for site, parts in (
+        ("north", {4: (30.0, 0.45, 0.2), 9: (10.0, 0.9, 1.0)}),
+        ("south", {9: (30.0, 1.0, 0.8)}),
+    ):
+        for stage in ("base", "final"):
+            scores = {"accuracy": 0.5, "macro_f1": 0.5, "brier": 0.5, "ece": 0.1}
+            labelled(folder, stage, site, calibration=curve(parts), **scores)
+    assert pooled_curve(read_events(folder), "final") == [
+        (30.0, pytest.approx(0.45), pytest.approx(0.2)),
+        (40.0, pytest.approx(0.975), pytest.approx(0.85)),
+    ]
+    page(folder)
+    source = folder.report_file.read_text()
+    assert "45.0 % sure, 20.0 % right of 30 records; 97.5 % sure, 85.0 % right of 40 records." in source
+    assert "Confidence and right answers" in source
 
 
 def test_an_interval_is_spoken_of_only_where_its_metric_is_shown(make_run) -> None:

@@ -72,7 +72,7 @@ def moved(session: Session) -> None:
 
 
 def test_scores_hold_every_metric_that_travels() -> None:
-    assert set(QUALITY) | {"records", "correct"} == set(vars(Scores(records=1, loss=0.0)))
+    assert set(QUALITY) | {"records", "calibration", "correct"} == set(vars(Scores(records=1, loss=0.0)))
 
 
 def test_labels_are_scored_with_their_calibration() -> None:
