@@ -14,7 +14,7 @@ from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import site_limits
 from fedllm.runs.manifest import read_manifest
-from fedllm.runs.measures import Metric, judged_by
+from fedllm.runs.measures import Metric, base_name, judged_by
 from fedllm.runs.metrics import as_told, metrics_withheld
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.sites import site_summaries
@@ -69,7 +69,7 @@ Held-out records are private; their metrics stayed at the sites.
 {% else %}
 On held-out records{{ ", lower loss is better" if "loss" in judged_by }}:
 
-| site | records |{% for metric in judged_by.values() %} {{ metric.title }}: untuned base |\
+| site | records |{% for metric in judged_by.values() %} {{ metric.title }}: {{ base }} |\
 {{ " " ~ constant ~ " |" if constant }} this adapter |{% endfor %}
 
 |---|--:|{% for _ in judged_by %}--:|{{ "--:|" if constant }}--:|{% endfor %}
@@ -144,6 +144,7 @@ def write_card(folder: RunFolder) -> Path:
         simulated=manifest["simulated"],
         sites=sites,
         judged_by=judged_by(config),
+        base=base_name(config),
         constant=_CONSTANT.get(config.data.task, ""),
         written=_written,
         withheld=metrics_withheld(config) or not any(site.records for site in sites),

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedllm.cli.tables import final_table
 from fedllm.errors import ConfigError
 from fedllm.federation.generate import merged_model, tuned_model
 from fedllm.models.load import load_tokenizer, resolve
 from fedllm.models.pooling import class_logits
+from fedllm.runs.events import read_events
 from fedllm.runs.folder import load_config
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "adapter__method": "lora"}
@@ -25,6 +27,9 @@ def test_the_cards_lines_give_the_runs_logits(federate: Any, tmp_path: Path, poo
     folder = federate(**ENCODER, model__pooling=pooling, federation__rounds=1, train__lr=0.1)
     config = load_config(folder)
     card = (folder.adapter_dir / "README.md").read_text(encoding="utf-8")
+    assert "accuracy: untrained head | majority class | this adapter |" in card
+    assert "untuned" not in card
+    assert "untrained head" in str(final_table([("run", read_events(folder))]).caption)
     lines = card.partition("```python\n")[2].partition("```")[0]
     script = tmp_path / "use.py"
     script.write_text(
