@@ -44,7 +44,7 @@ def read_comparison(file: Path, *, seeds: str = "") -> Comparison:
         If it cannot be read, naming the first key that is unknown, missing or wrong.
     """
     from fedllm.runs.measures import METRICS
-    from fedllm.runs.outcomes import BASELINES
+    from fedllm.runs.outcomes import BASELINES, LINES
 
     values = _load(file)
     _known(values, "", file)
@@ -65,7 +65,7 @@ def read_comparison(file: Path, *, seeds: str = "") -> Comparison:
         if (own := wanted[key]) is not None
     ]
     cells = _variants(values, "cells", file)
-    _require_distinct([*cells, *(Variant(name, {}) for name in BASELINES.values())], "cells", file)
+    _require_distinct([*cells, *(Variant(name, {}) for name in LINES)], "cells", file)
     groups = _variants(values, "groups", file) if "groups" in values else (Variant("all", {}),)
     _require_distinct(groups, "groups", file)
     minutes = values.get("minutes")

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from fedllm.config import Config
-from fedllm.runs.measures import METRICS
+from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, base_name
 from fedllm.runs.sites import spread
 
 Event = Mapping[str, Any]
@@ -155,7 +155,7 @@ def final_table(runs: Sequence[tuple[str, Sequence[Event]]]) -> Table:
             table.add_row(name, site, *_site_cells(site, events, pair))
         table.add_section()
     lines = [_fairness(name, events, pair) for (name, events), pair in zip(runs, pairs, strict=True)]
-    lines += sorted({_terms(events) for _, events in runs})
+    lines += sorted({_terms(events) for _, events in runs} | {_base(events) for _, events in runs})
     if any(lines):
         table.caption, table.caption_justify = "\n".join(line for line in lines if line), "left"
     return table
@@ -197,6 +197,14 @@ def _terms(events: Sequence[Event]) -> str:
         return ""
     unit = f"all records of one {config.data.unit}" if config.data.unit else "one record"
     return f"epsilon at delta={config.privacy.delta:g} for {unit}; {config.privacy.relation}, Poisson, PLD"
+
+
+def _base(events: Sequence[Event]) -> str:
+    """Return what an encoder's base is, empty for other runs."""
+    started = next((event for event in events if event["event"] == "run_started"), None)
+    if started is None or base_name(Config.from_flat(started["config"])) != UNTRAINED_HEAD:
+        return ""
+    return "base: an encoder under an untrained head, drawn at random; compare with the majority class"
 
 
 def _site_cells(site: str, events: Sequence[Event], pair: Pair) -> list[str]:

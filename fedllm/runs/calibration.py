@@ -9,6 +9,7 @@ from markupsafe import Markup
 from fedllm.config import Config
 from fedllm.runs.charts import Plot
 from fedllm.runs.events import CURVE, Event
+from fedllm.runs.measures import base_name
 from fedllm.runs.plots import Part, reliability_plot
 from fedllm.runs.sites import SiteSummary, total
 from fedllm.runs.wording import count, percent
@@ -51,7 +52,7 @@ def pooled_curve(events: Sequence[Event], stage: str) -> list[Part]:
     return pooled
 
 
-def reliability_chart(events: Sequence[Event]) -> Plot | None:
+def reliability_chart(config: Config, events: Sequence[Event]) -> Plot | None:
     """Return how sure the model was and how often right, all sites together; None where it is not known."""
     tuned, base = (pooled_curve(events, stage) for stage in ("final", "base"))
     if not tuned:
@@ -62,7 +63,11 @@ def reliability_chart(events: Sequence[Event]) -> Plot | None:
         for records, confidence, right in tuned
     )
     svg = reliability_plot(title, tuned=tuned, base=base, alt=f"{title}, with the finished adapter: {said}.")
-    keys = (("", "with the finished adapter"), ("second", "untuned base"), ("site", "as right as it is sure"))
+    keys = (
+        ("", "with the finished adapter"),
+        ("second", base_name(config)),
+        ("site", "as right as it is sure"),
+    )
     return Plot(title, Markup(svg), keys=keys)
 
 

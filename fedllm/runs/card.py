@@ -16,7 +16,7 @@ from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import site_limits
 from fedllm.runs.manifest import read_manifest
-from fedllm.runs.measures import Metric, judged_by
+from fedllm.runs.measures import Metric, base_name, judged_by
 from fedllm.runs.metrics import as_told, metrics_withheld
 from fedllm.runs.privacy_text import PrivacyStatement, privacy_statement
 from fedllm.runs.sites import SiteSummary, site_summaries, total
@@ -59,7 +59,7 @@ Held-out records are private; their metrics stayed at the sites.
 {% else %}
 On held-out records{{ ", lower loss is better" if "loss" in judged_by }}:
 
-| site | records |{% for metric in judged_by.values() %} {{ metric.title }}: untuned base |\
+| site | records |{% for metric in judged_by.values() %} {{ metric.title }}: {{ base }} |\
 {{ " " ~ constant ~ " |" if constant }} tuned |{% endfor %}
 
 |---|--:|{% for _ in judged_by %}--:|{{ "--:|" if constant }}--:|{% endfor %}
@@ -182,6 +182,7 @@ def _write(config: Config, target: Path, usage: Usage, *, site: str, by: str, ru
         training=_training(config),
         run=run,
         judged_by=judged_by(config),
+        base=base_name(config),
         constant=_CONSTANT.get(config.data.task, ""),
         written=_written,
     )

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fedllm.runs.measures import METRICS, Metric
+from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, UNTUNED_BASE, Metric
 from fedllm.runs.outcomes import Estimate, Row
 
 DASHES: dict[str, Any] = {
-    "untuned base": (0, (1.2, 2)),
+    UNTUNED_BASE: (0, (1.2, 2)),
+    UNTRAINED_HEAD: (0, (1.2, 2)),
     "majority class": (0, (4, 2, 1, 2)),
     "local only": (0, (6, 3)),
 }

@@ -56,8 +56,17 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
     }
 )
 
+UNTUNED_BASE, UNTRAINED_HEAD = "untuned base", "untrained head"
 #: What an evaluation's interval is of: a site measures one of these.
 WITH_INTERVAL = ("accuracy", "exact_match")
+
+
+def base_name(config: Config) -> str:
+    """Return what a run without its adapter is called.
+
+    An encoder's head is drawn at random and trained with the adapter: before, it says nothing of the base.
+    """
+    return UNTRAINED_HEAD if config.model.kind == "encoder" else UNTUNED_BASE
 
 
 def judged_by(config: Config) -> dict[str, Metric]:

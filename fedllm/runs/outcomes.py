@@ -11,18 +11,20 @@ from statistics import fmean, stdev
 from scipy.stats import t as student
 
 from fedllm.runs.events import Event, read_events
-from fedllm.runs.folder import RunFolder
-from fedllm.runs.measures import METRICS
+from fedllm.runs.folder import RunFolder, load_config
+from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, UNTUNED_BASE, base_name
 from fedllm.runs.metrics import mean, site_gap, worst_site
 
 #: Key in a comparison's ``[baselines]`` -> name in table and picture, and the line's dashes there.
 BASELINES = {
     "chance": "chance",
-    "base": "untuned base",
+    "base": UNTUNED_BASE,
     "majority": "majority class",
     "local": "local only",
     "central": "central",
 }
+#: What is a line in the picture and no method; encoders have a base of another name.
+LINES = (*BASELINES.values(), UNTRAINED_HEAD)
 SCALARS = ("bytes_up", "bytes_down", "bytes_total", "epsilon", "seconds")
 
 
@@ -61,6 +63,8 @@ class Outcome:
         Largest of all sites; None in a run without privacy.
     seconds : float
         Of work, also before a resume.
+    base_name : str
+        What the base is called: an encoder's has an untrained head.
     """
 
     group: str
@@ -74,6 +78,7 @@ class Outcome:
     bytes_total: int
     epsilon: float | None
     seconds: float
+    base_name: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Row:
     @property
     def is_line(self) -> bool:
         """Return whether the picture shows a horizontal line: a baseline, or nothing was sent."""
-        return self.method in BASELINES.values() or not self.bytes_total
+        return self.method in LINES or not self.bytes_total
 
 
 def read_outcome(folder: RunFolder, *, group: str, method: str, seed: int, metric: str) -> Outcome:
@@ -112,7 +117,7 @@ def read_outcome(folder: RunFolder, *, group: str, method: str, seed: int, metri
     Raises
     ------
     RunError
-        If the events cannot be read.
+        If settings or events cannot be read.
     """
     events = read_events(folder)
     replies = [event for event in events if event["event"] == "site_reply"]
@@ -130,6 +135,7 @@ def read_outcome(folder: RunFolder, *, group: str, method: str, seed: int, metri
         bytes_total=sum(event["bytes_up"] + event["bytes_down"] for event in counted),
         epsilon=max((reply["epsilon"] for reply in replies if reply["epsilon"] is not None), default=None),
         seconds=_seconds(events),
+        base_name=base_name(load_config(folder)),
     )
 
 
@@ -168,13 +174,13 @@ def make_rows(
             guessed = Scores(means=means, worst=chance[group], gap=0.0)
             rows.append(replace(_row(group, BASELINES["chance"], [guessed]), seeds=0))
         for key in (key for key in ("base", "majority") if key in baselines):
-            first: dict[int, Scores] = {}
+            first: dict[str, dict[int, Scores]] = {}
             for outcome in mine:
                 scores: Scores = getattr(outcome, key)
                 if any(value is not None for value in scores.means.values()):
-                    first.setdefault(outcome.seed, scores)
-            if first:
-                rows.append(_row(group, BASELINES[key], list(first.values())))
+                    name = outcome.base_name if key == "base" else BASELINES[key]
+                    first.setdefault(name, {}).setdefault(outcome.seed, scores)
+            rows += [_row(group, name, list(seeds.values())) for name, seeds in first.items()]
         for method in dict.fromkeys(outcome.method for outcome in mine):
             runs = [outcome for outcome in mine if outcome.method == method]
             found = {name: [getattr(run, name) for run in runs] for name in SCALARS}
@@ -183,7 +189,7 @@ def make_rows(
             means = {
                 name: mean(values)
                 for name, values in found.items()
-                if method not in BASELINES.values() or name == "seconds"
+                if method not in LINES or name == "seconds"
             }
             rows.append(
                 _row(group, method, [run.tuned for run in runs], epsilon=max(spent, default=None), **means)

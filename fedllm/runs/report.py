@@ -16,7 +16,7 @@ from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import Limit, site_limits
 from fedllm.runs.manifest import read_manifest
-from fedllm.runs.measures import WITH_INTERVAL, judged_by
+from fedllm.runs.measures import UNTUNED_BASE, WITH_INTERVAL, base_name, judged_by
 from fedllm.runs.metrics import WITHHELD, RoundMetrics, as_told, metrics_withheld, round_metrics
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.sites import SiteSummary, site_summaries, spread, total
@@ -99,7 +99,8 @@ def render_report(
         sites=[{"name": site.name, "cells": _cells(site, config, absent)} for site in sites],
         feet=[{"name": "All sites", "cells": _cells(total(sites), config, absent)}, *_ends(sites, config)],
         calibration=calibration_rows(config, sites),
-        reliability=reliability_chart(events),
+        base_head=_base_head(config),
+        reliability=reliability_chart(config, events),
         absent=(WITHHELD, UNKNOWN),
         private=config.privacy.enabled,
         sites_note=_sites_note(config, withheld=withheld),
@@ -153,10 +154,12 @@ def _tiles(
 
 def _columns(config: Config) -> list[tuple[str, tuple[str, ...]]]:
     """Return each metric's head and what is shown of it."""
-    return [
-        (f"{metric.title[0].upper()}{metric.title[1:]}", _kinds(config))
-        for metric in judged_by(config).values()
-    ]
+    heads = tuple(_base_head(config) if kind == "base" else kind for kind in _kinds(config))
+    return [(f"{metric.title[0].upper()}{metric.title[1:]}", heads) for metric in judged_by(config).values()]
+
+
+def _base_head(config: Config) -> str:
+    return "base" if base_name(config) == UNTUNED_BASE else base_name(config)
 
 
 def _cells(site: SiteSummary, config: Config, absent: str) -> list[str]:
@@ -206,13 +209,18 @@ def _traffic_rows(events: Sequence[Event]) -> list[tuple[str, str, str]]:
 
 
 def _sites_note(config: Config, *, withheld: bool) -> str:
+    base = (
+        "Base: the untuned model"
+        if base_name(config) == UNTUNED_BASE
+        else "Untrained head: the base under the random head that training starts from"
+    )
     brackets = "".join(
         f"; in brackets a 95 % interval of {metric.title} by resampling the records"
         for name, metric in judged_by(config).items()
         if name in WITH_INTERVAL
     )
     text = (
-        f"Base: the untuned model. Final: with the finished adapter{brackets}. "
+        f"{base}. Final: with the finished adapter{brackets}. "
         "Bytes: training messages as serialised, over all rounds. "
         "Worst site and gap: the least good value of a site, and how far the best is from it. "
         "All sites: means of metrics, sums of counts and bytes"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedllm.adapters import METHODS
 from fedllm.config import Config
 from fedllm.runs.events import Event
-from fedllm.runs.measures import Metric, judged_by
+from fedllm.runs.measures import UNTRAINED_HEAD, Metric, base_name, judged_by
 from fedllm.runs.metrics import metrics_withheld
 from fedllm.runs.privacy_text import NOTHING_TRAINED, best_guess
 from fedllm.runs.sites import SiteSummary, spread, total
@@ -24,6 +24,8 @@ STATUS = {
 }
 #: Fewer scored records a site than this, and one record is a point or more of accuracy.
 FEW_RECORDS = 100
+
+AT_RANDOM = "An untrained head answers at random: the most frequent label is what has to be beaten."
 
 
 @dataclass(frozen=True)
@@ -118,23 +120,28 @@ def _helped(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
     name, metric = next(iter(judged_by(config).items()))
     mean = total(sites)
     final, base, majority = mean.final[name], mean.base[name], mean.majority.get(name)
+    untrained = base_name(config) == UNTRAINED_HEAD
     constant = "" if majority is None else f", most frequent label {metric.text(majority)}"
     direction = "" if metric.best == "highest" else " (lower is better)"
     if config.federation.mode == "base" and base is not None:
-        untuned = f"untuned base {metric.text(base)}{constant}{direction}"
+        untuned = f"{base_name(config)} {metric.text(base)}{constant}{direction}"
         return (f"Nothing was trained. Mean {metric.title} on held-out records: {untuned}.",)
-    if final is None or base is None:
+    if final is None or base is None or (untrained and majority is None):
         return ("Not measured yet: base and finished adapter are compared at the end of a run.",)
-    against = {
-        "the untuned base": _against(sites, metric, name, lambda site: site.base[name]),
-        "always answering a site's most frequent label": _against(
-            sites, metric, name, lambda site: site.majority.get(name)
-        ),
-    }
+    against = {}
+    if not untrained:
+        against["the untuned base"] = _against(sites, metric, name, lambda site: site.base[name])
+    against["always answering a site's most frequent label"] = _against(
+        sites, metric, name, lambda site: site.majority.get(name)
+    )
     return (
-        _verdict(metric.gain(final, base), None if majority is None else metric.gain(final, majority)),
+        _verdict(
+            None if untrained else metric.gain(final, base),
+            None if majority is None else metric.gain(final, majority),
+        ),
         f"Mean {metric.title} on held-out records: tuned {metric.text(final)}, "
-        f"untuned base {metric.text(base)}{constant}{direction}.",
+        f"{base_name(config)} {metric.text(base)}{constant}{direction}.",
+        *((AT_RANDOM,) if untrained else ()),
         *(
             f"Against {other} it was better at {better} of {count(measured, 'site')}{_rest(equal, worse)}."
             for other, (better, equal, worse) in against.items()
@@ -165,8 +172,13 @@ def _chance(sites: Sequence[SiteSummary], metric: Metric) -> tuple[str, ...]:
     )
 
 
-def _verdict(over_base: float, over_majority: float | None) -> str:
-    """Return the answer on average: beating the untuned base counts in full only above the majority label."""
+def _verdict(over_base: float | None, over_majority: float | None) -> str:
+    """Return the answer on average: beating the untuned base counts in full only above the majority label.
+
+    Where there is no base but an untrained head (None), the majority label alone counts.
+    """
+    if over_base is None:
+        return "On average, yes." if over_majority is not None and over_majority > 0 else "On average, no."
     if over_base <= 0:
         return "On average, no."
     if over_majority is not None and over_majority <= 0:

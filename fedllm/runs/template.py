@@ -81,7 +81,7 @@ TEMPLATE = """\
 <thead>
 <tr><th scope="col" rowspan="2">Site</th><th scope="colgroup" colspan="2">Brier score</th>
 <th scope="colgroup" colspan="2">Calibration error</th></tr>
-<tr>{% for head in ("base", "final") * 2 %}<th scope="col" class="num">{{ head }}</th>{% endfor %}</tr>
+<tr>{% for head in (base_head, "final") * 2 %}<th scope="col" class="num">{{ head }}</th>{% endfor %}</tr>
 </thead>
 {% macro numbers(row) %}<th scope="row"><bdi>{{ row[0] }}</bdi></th>
 {% for cell in row[1] %}<td class="num">{{ cell }}</td>{% endfor %}{% endmacro %}

@@ -49,8 +49,9 @@ def finished(make_run: MakeRun, reply: Callable[..., None]) -> Finished:
         sent: int = 100,
         epsilon: float | None = None,
         metric: str = "accuracy",
+        **settings: str,
     ) -> Outcome:
-        folder = make_run(f"{group}-{method}-{seed}")
+        folder = make_run(f"{group}-{method}-{seed}", **settings)
         append_event(
             folder, "traffic", stage="basis", round=0, site="site-0", bytes_up=7 * sent, bytes_down=3 * sent
         )
@@ -126,6 +127,14 @@ def test_rows_hold_the_baselines_once_a_group(finished: Finished) -> None:
     assert (cells["worst site %"], cells["gap"]) == ("50.0", "20.0")
     assert cells["run total"] == "2.2 kB"
     assert cells["epsilon"] == "none"
+
+
+def test_the_base_of_an_encoder_is_named_an_untrained_head(finished: Finished) -> None:
+    runs = [finished("A"), finished("B", model__kind="encoder", model__name="tiny-bert")]
+    rows = make_rows(runs, baselines=("base", "majority"))
+    assert [row.method for row in rows] == ["untuned base", "untrained head", "majority class", "A", "B"]
+    assert [row.is_line for row in rows] == [True, True, True, False, False]
+    assert draw(rows, title="t", metric="accuracy")
 
 
 def test_what_was_never_measured_is_not_called_withheld(finished: Finished) -> None:

@@ -262,6 +262,34 @@ def test_the_verdict_weighs_base_and_most_frequent_label(
     assert expected in page(folder).text
 
 
+@pytest.mark.parametrize(
+    ("majority", "expected"),
+    [
+        (0.4, "On average, yes."),
+        (0.5, "On average, no."),
+        (0.6, "On average, no."),
+        (None, "Not measured yet"),
+    ],
+)
+def test_an_untrained_head_is_no_baseline(make_run, majority: float | None, expected: str) -> None:
+    folder = make_run(model__kind="encoder", model__name="tiny-bert", adapter__method="lora")
+    for stage, accuracy in (("base", 0.1), ("final", 0.5)):
+        scores = {
+            "macro_f1": 0.1,
+            "brier": 0.5,
+            "ece": 0.1,
+            "calibration": curve({9: (200.0, 1.0, accuracy)}),
+        }
+        labelled(folder, stage, "north", accuracy=accuracy, majority_accuracy=majority, **scores)
+    words = page(folder).text
+    assert expected in words
+    assert "untuned" not in words
+    assert words.count("untrained head") >= 3
+    if majority is not None:
+        assert "tuned 50.0\u00a0%, untrained head 10.0\u00a0%, most frequent label" in words
+        assert "An untrained head answers at random" in words
+
+
 def test_records_from_files_are_named_in_plain_words(make_run, reply) -> None:
     folder = make_run(data__source="file", data__path="records.csv", data__labels="no|yes")
     fill(folder, reply)
