@@ -17,6 +17,7 @@ from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, UNTUNED_BASE, Metric
 from fedllm.runs.outcomes import Estimate, Row
 
 DASHES: dict[str, Any] = {
+    "chance": (0, (1, 4)),
     UNTUNED_BASE: (0, (1.2, 2)),
     UNTRAINED_HEAD: (0, (1.2, 2)),
     "majority class": (0, (4, 2, 1, 2)),

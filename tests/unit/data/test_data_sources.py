@@ -139,7 +139,7 @@ def test_hub_errors_point_to_a_local_file(monkeypatch: pytest.MonkeyPatch) -> No
         load_records(DataSettings(source="hub", name="some/set-2"))
 
 
-@pytest.mark.parametrize("subset", ["", "mian"])
+@pytest.mark.parametrize("subset", ["", "other"])
 def test_a_configuration_that_is_missing_or_unknown_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subset: str
 ) -> None:
