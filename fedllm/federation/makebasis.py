@@ -71,9 +71,9 @@ def _units(site: Site, config: Config, notes: Notes) -> tuple[list[list[Encoded]
     if config.adapter.basis == "gradient":
         site.policy.require(config.privacy)
         return [[record] for record in tokens.train[:count]], None, {}
-    count, stated = len(tokens.units), site.policy.public_units
-    plan = basis_plan(config, units=count, site=site.name, public_units=stated)
-    _, (_, rounds) = whole_run(config, units=count, site=site.name, public_units=stated, makes_basis=True)
+    number, stated = len(tokens.units), site.policy.public_units
+    plan = basis_plan(config, units=number, site=site.name, public_units=stated)
+    _, (_, rounds) = whole_run(config, units=number, site=site.name, public_units=stated, makes_basis=True)
     booked = book(site, notes, plan, round=0, ahead=(rounds,))
     units = tokens.units_of_records
     return [units[unit] for unit in plan.draw(SecureGenerator()) if units[unit]], plan, booked
