@@ -30,7 +30,11 @@ class Metric:
         >>> METRICS["accuracy"].text(0.875), METRICS["loss"].text(2.0)
         ('87.5 %', '2.000')
         """
-        return f"{self.scale * value:.{self.digits}f} {self.unit}".strip()
+        return f"{self.number(value)} {self.unit}".strip()
+
+    def number(self, value: float) -> str:
+        """Return a value as it is shown, without its unit."""
+        return f"{self.scale * value:.{self.digits}f}"
 
     def distance(self, value: float) -> str:
         """Return a difference of two values with its unit.
@@ -38,7 +42,7 @@ class Metric:
         >>> METRICS["accuracy"].distance(0.125), METRICS["loss"].distance(0.5)
         ('12.5 points', '0.500')
         """
-        return f"{self.scale * value:.{self.digits}f}{' points' if self.unit == '%' else ''}"
+        return f"{self.number(value)}{' points' if self.unit == '%' else ''}"
 
     def gain(self, value: float, other: float) -> float:
         """Return by how much a value is better than another; negative where it is worse."""

@@ -187,7 +187,7 @@ def _ends(sites: Sequence[SiteSummary], config: Config) -> list[dict[str, Any]]:
             known = {site.name: vars(site)[kind][name] for site in sites}
             found = spread(known, best=metric.best)
             worst.append("" if found is None else metric.text(found.worst))
-            gap.append("" if found is None else metric.distance(found.gap))
+            gap.append("" if found is None else metric.number(found.gap))
     if not any(worst):
         return []
     rest = [""] * (len(_cells(total(sites), config, "")) - len(worst))

@@ -70,7 +70,7 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, san
 .card { overflow-x: auto; overflow-wrap: normal; position: relative; }
 .card:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .7rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top; }
+th, td { padding: .5rem .45rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top; }
 thead th, tbody:first-child tr:first-child > * { border-top: 0; }
 thead th {
   font-size: .78rem; line-height: 1.35; font-weight: 600; color: var(--muted); vertical-align: bottom;
