@@ -150,7 +150,7 @@ def _chance(comparison: Comparison, jobs: Sequence[Job], file: Path) -> dict[str
     """Return group -> accuracy of guessing among its labels, where the comparison asks for it."""
     if "chance" not in comparison.baselines:
         return {}
-    from fedllm.training.spec import public_labels
+    from fedllm.data.sources import public_labels
 
     groups = {job.group: job.config.data for job in jobs}
     if comparison.metric != "accuracy" or any(data.task != "classify" for data in groups.values()):

@@ -83,6 +83,11 @@ def label_names(data: DataSettings, records: datasets.Dataset | None) -> tuple[s
     return listed if records is None or listed else tuple(sorted(records.unique("label")))
 
 
+def public_labels(data: DataSettings) -> tuple[str, ...]:
+    """Return the labels that server and sites know: those listed, or those of a shipped terminology."""
+    return label_names(data, None if data.labels else load_records(data))
+
+
 def default_instruction(data: DataSettings) -> str:
     """Return ``data.instruction``, or the source's own one."""
     return data.instruction or _INSTRUCTIONS.get(data.source, "")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from fedllm.data.encode import ClassEncoder, PromptEncoder, collate_classes
 from fedllm.data.records import Example
-from fedllm.data.sources import default_instruction
+from fedllm.data.sources import default_instruction, public_labels
 from fedllm.errors import ConfigError
 from fedllm.evaluation.calibration import label_probabilities
 from fedllm.evaluation.scoring import label_log_likelihoods
@@ -19,7 +19,6 @@ from fedllm.federation.generate import tuned_model
 from fedllm.models.load import load_tokenizer
 from fedllm.models.pooling import class_logits
 from fedllm.runs.folder import load_config, open_run
-from fedllm.training.spec import public_labels
 
 
 @dataclass(frozen=True, kw_only=True)

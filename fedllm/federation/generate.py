@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 
 from fedllm.adapters.export import WEIGHTS_FILE, load_state, save_with_base
 from fedllm.data.encode import PromptEncoder
-from fedllm.data.sources import default_instruction
+from fedllm.data.sources import default_instruction, public_labels
 from fedllm.errors import ConfigError, RunError
 from fedllm.federation.cards import run_card
 from fedllm.models.gguf_file import QUANTIZATIONS, require_llama, write_gguf
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.models.load import load_config as load_model_config
 from fedllm.runs.folder import RunFolder, load_config, open_run
-from fedllm.training.spec import public_labels
 
 
 def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:

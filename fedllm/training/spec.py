@@ -10,8 +10,8 @@ from dataclasses import replace
 from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis
 from fedllm.adapters.state import AdapterSpec
-from fedllm.config import AdapterSettings, Config, DataSettings
-from fedllm.data.sources import label_names, load_records
+from fedllm.config import AdapterSettings, Config
+from fedllm.data.sources import public_labels
 from fedllm.errors import ConfigError, MismatchError
 from fedllm.models.fingerprint import architecture_fingerprint
 from fedllm.models.load import load_config
@@ -71,11 +71,6 @@ def scale_of(rank: int, adapter: AdapterSettings) -> float:
     if adapter.alpha == 0:
         return 1.0
     return adapter.alpha / (math.sqrt(rank) if adapter.rslora else rank)
-
-
-def public_labels(data: DataSettings) -> tuple[str, ...]:
-    """Return the labels that server and sites know: those listed, or those of a shipped terminology."""
-    return label_names(data, None if data.labels else load_records(data))
 
 
 def _require_fitting(rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -17,12 +17,13 @@ from fedllm.adapters.method import write_state
 from fedllm.config import ModelSettings
 from fedllm.data.records import Example
 from fedllm.data.sites import simulated_site
+from fedllm.data.sources import public_labels
 from fedllm.federation.generate import answer, export_adapter, export_gguf, export_merged
 from fedllm.models.load import resolve
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.training.forward import label_scores
 from fedllm.training.session import open_session, tokenise
-from fedllm.training.spec import basis_from_seed, public_labels
+from fedllm.training.spec import basis_from_seed
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "adapter__method": "lora"}
 SHORT = {"federation__rounds": 1, "federation__sites": 1, "train__lr": 0.1}

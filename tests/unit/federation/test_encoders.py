@@ -9,11 +9,11 @@ import pytest
 from transformers import AutoConfig
 
 from fedllm.cli.tables import final_table
+from fedllm.data.sources import public_labels
 from fedllm.errors import ConfigError
 from fedllm.federation.generate import export_merged, merged_model
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import load_config
-from fedllm.training.spec import public_labels
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "adapter__method": "lora"}
 
