@@ -25,7 +25,7 @@ from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training.session import Session, SiteTokens
 from fedllm.training.steps import record_gradients
 
-#: A sequence whose last state is farther from the span than this is none that was trained on.
+#: What is farther from a span than this was not trained on: a token, or the last one of a sequence.
 _FAR = 0.05
 
 
@@ -95,7 +95,7 @@ def read_in_order(
         for held, lowest, second in zip(
             shares, (plain[low][0], noised[low]), (plain[high][0], noised[high]), strict=True
         ):
-            near = np.argsort(distances(row_span(lowest), table), kind="stable")[:rank]
+            near = np.flatnonzero(distances(row_span(lowest), table) <= _FAR)
             found = _extended(session, high, row_span(second), truth[:known], near.tolist())
             held.append(_alike(truth[known:], found[known:]) / len(truth[known:]))
     return Reading(shares=tuple(shares[0]), private_shares=tuple(shares[1]), rank=rank)
@@ -108,7 +108,7 @@ def _ids(record: Encoded) -> list[int]:
 def _extended(session: Session, key: str, span: Rows, start: Sequence[int], near: Sequence[int]) -> list[int]:
     """Return the tokens that the second layer's gradient spells, after those that are known."""
     found = list(start)
-    while len(found) < session.spec.rank:
+    while near and len(found) < session.spec.rank:
         ids = torch.tensor([[*found, token] for token in near])
         far = distances(span, last_inputs(session, key.rpartition(".")[0], ids))
         if far.min() > _FAR:
