@@ -142,20 +142,22 @@ def attack_updates(config: Config, *, records: int = 8, candidates: int = 30, ra
     shapes = adapter_spec(config.replace(adapter__rank=1, adapter__layers="0")).shapes.values()
     smallest = min(min(shape) for shape in shapes)
     rank, reading_rank = min(rank, smallest), min(2 * rank, smallest)
+    # the words of a record do not depend on the adapter that is attacked
+    tokens = tokenise(data, config)
     rows: list[RowSpan] = []
     matching = None
     for method in ("lora", "fed-sb"):
         attacked = config.replace(
             adapter__method=method, strategy__name="average", adapter__rank=rank, adapter__layers="0"
         )
-        session, tokens = prepared(attacked), tokenise(data, attacked)
+        session = prepared(attacked)
         chosen = _by_length(tokens, records)
         for matrix in (name for name, owner in _METHODS.items() if owner == method):
             rows += _row_spans(session, chosen, plan, matrix=matrix)
         if method == "fed-sb":
             matching = _match(session, tokens.train[:candidates], plan, tried=min(records, candidates))
     assert matching is not None, "one of the methods is Fed-SB"
-    reading = read_in_order(config, tokenise(data, config), plan, records=records, rank=reading_rank)
+    reading = read_in_order(config, tokens, plan, records=records, rank=reading_rank)
     return Inversion(rows=tuple(rows), reading=reading, matching=matching)
 
 
