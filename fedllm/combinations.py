@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from fedllm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedllm.config import Config, PrivacySettings, SitePrivacySettings
+    from fedllm.config import Config
+    from fedllm.settings import PrivacySettings, SitePrivacySettings
 
 
 def require_together(config: Config) -> None:
@@ -41,6 +42,11 @@ def require_together(config: Config) -> None:
         raise ConfigError(
             "evaluation.noise_multiplier: counts of right labels on private held-out records; it needs "
             "privacy.enabled=true, data.heldout_public=false and a data.task with labels."
+        )
+    if config.train.gradient_checkpointing and privacy.enabled and privacy.engine == "opacus":
+        raise ConfigError(
+            "train.gradient_checkpointing: Opacus' hooks see a layer's activations twice and give wrong "
+            "gradients; use privacy.engine=own."
         )
     if config.train.optimizer == "adam-bc" and not privacy.enabled:
         raise ConfigError("train.optimizer=adam-bc corrects for noise; it needs privacy.enabled=true.")

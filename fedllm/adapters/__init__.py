@@ -7,7 +7,7 @@ from fedllm.adapters.lora import Dora, Lora
 from fedllm.adapters.method import AdapterMethod
 from fedllm.adapters.vectors import Ia3, Prompt
 from fedllm.choices import add_choice
-from fedllm.config import ADAPTERS
+from fedllm.settings import ADAPTERS
 
 #: Registry of adapter methods; a new method adds one line here.
 METHODS: dict[str, AdapterMethod] = {

@@ -21,8 +21,9 @@ from fedllm.aggregation.products import (
 )
 from fedllm.aggregation.rule import Declaration, Outcome, RoundPlan, Rule, Update
 from fedllm.choices import add_choice
-from fedllm.config import STRATEGIES, Config, site_ranks
+from fedllm.config import Config, site_ranks
 from fedllm.errors import ConfigError
+from fedllm.settings import STRATEGIES
 
 #: Registry of aggregation rules by ``strategy.name``; a new rule adds one line here.
 RULES: dict[str, type[Rule]] = {

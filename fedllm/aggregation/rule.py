@@ -15,8 +15,8 @@ from fedllm.adapters.method import HEAD
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.aggregation.average import Mean
 from fedllm.aggregation.lowrank import LowRank
-from fedllm.config import StrategySettings
 from fedllm.errors import MismatchError
+from fedllm.settings import StrategySettings
 
 Branch = tuple[str, str, str]
 Products = dict[Branch, LowRank]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fedllm.cli.jobs import Comparison, Variant
-from fedllm.config import Scalar
 from fedllm.errors import ConfigError
 from fedllm.resources import find_recipe
+from fedllm.settings import Scalar
 
 #: Baselines that are runs of their own.
 TRAINED = ("local", "central")

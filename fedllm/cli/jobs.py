@@ -22,9 +22,10 @@ import tomli_w
 from rich.console import Console
 from rich.markup import escape
 
-from fedllm.config import Config, Scalar, read_toml
+from fedllm.config import Config, read_toml
 from fedllm.errors import ConfigError, RunError
 from fedllm.runs.folder import RunFolder, load_config, locked, open_run
+from fedllm.settings import Scalar
 
 console = Console(highlight=False)
 

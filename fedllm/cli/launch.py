@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import tomli_w
 
-from fedllm.config import Scalar
 from fedllm.home import home
 from fedllm.resources import app_dir
+from fedllm.settings import Scalar
 
 
 class Launch:

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from fedllm.cli.recipes import Overrides
 from fedllm.cli.tables import HEADINGS, Event, LiveRounds, final_table
-from fedllm.config import Config, Scalar, parse_overrides, read_toml
+from fedllm.config import Config, parse_overrides, read_toml
 from fedllm.errors import ConfigError, FedllmError, RunError
 from fedllm.resources import find_recipe
+from fedllm.settings import Scalar
 
 console = Console(highlight=False)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedllm.config import DataSettings
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.files import read_table
 from fedllm.data.options import fault, letter_of, letters, option_columns
 from fedllm.data.records import Example
 from fedllm.data.sources import column_roles, default_instruction
+from fedllm.settings import DataSettings
 
 _MEASURED = 2000
 _FEW = 10

@@ -15,10 +15,10 @@ from functools import lru_cache
 
 import datasets
 
-from fedllm.config import DataSettings
 from fedllm.data.records import Example, normalised
 from fedllm.data.sources import default_instruction, file_stamp, label_names, load_records
 from fedllm.errors import ConfigError, DataError
+from fedllm.settings import DataSettings
 
 __all__ = [
     "Example",

@@ -14,11 +14,11 @@ from typing import Any
 
 import datasets
 
-from fedllm.config import DataSettings
 from fedllm.data.files import as_options, as_strings, read_table, require_columns
 from fedllm.data.options import fault, letter_of, letters, option_columns
 from fedllm.data.terminology import icd10_rows, mcc_rows
 from fedllm.errors import ConfigError, DataError
+from fedllm.settings import DataSettings
 
 #: Role -> values: texts, and lists of texts for ``options``.
 Columns = dict[str, list[Any]]

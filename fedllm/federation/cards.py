@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedllm.adapters.export import WEIGHTS_FILE
-from fedllm.config import Config, DataSettings
+from fedllm.config import Config
 from fedllm.data.sources import default_instruction, public_labels
 from fedllm.models.registry import EMBEDDED
 from fedllm.runs.card import write_card, write_plain_card
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.manifest import read_manifest
 from fedllm.runs.usage import Form, Usage
+from fedllm.settings import DataSettings
 
 
 def run_card(

@@ -176,8 +176,11 @@ def _memory(config: Config, trained: int) -> int:
     # a preference is two rows
     rows = config.train.micro_batch * (2 if config.train.objective == "dpo" else 1)
     tokens = rows * config.train.max_length
-    # about 34 values of the hidden size a token and layer stay for the backward pass
-    activations = 34 * tokens * model.hidden_size * model.num_hidden_layers * min(size, 4.0)
+    # about 34 values of the hidden size a token and layer stay for the backward pass; where layers are
+    # computed again, their inputs stay, and all of one layer's
+    layers = model.num_hidden_layers
+    kept = 34 + layers if config.train.gradient_checkpointing else 34 * layers
+    activations = kept * tokens * model.hidden_size * min(size, 4.0)
     per_example = 4 * trained * (rows if config.privacy.enabled else 1)
     fixed = count_parameters(whole, config.model.kind) * size + 16 * trained + 600 * 2**20
     return round(float(fixed + per_example + activations) / 2**20)

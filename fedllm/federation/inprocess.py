@@ -11,12 +11,13 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedllm.config import Config, Scalar
+from fedllm.config import Config
 from fedllm.federation.client import client_app
 from fedllm.federation.server import serve
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.sites import SiteSummary, site_summaries
+from fedllm.settings import Scalar
 
 
 class InProcessGrid(Grid):

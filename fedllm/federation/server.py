@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from threadpoolctl import threadpool_limits
 
-from fedllm.config import Config, Scalar
+from fedllm.config import Config
 from fedllm.errors import FedllmError, RunError
 from fedllm.federation.cards import run_card
 from fedllm.federation.plan import check_recipe
@@ -23,6 +23,7 @@ from fedllm.runs.manifest import write_manifest
 from fedllm.runs.metrics import write_metrics
 from fedllm.runs.report import write_report
 from fedllm.runs.traffic import write_traffic
+from fedllm.settings import Scalar
 
 
 def serve(values: Mapping[str, Scalar], grid: Grid) -> RunFolder:

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 
-from fedllm.config import Config, DataSettings, site_ranks
+from fedllm.config import Config, site_ranks
 from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
 from fedllm.errors import BudgetError, DataError, PrivacyError
 from fedllm.federation.memory import SiteMemory
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.policy import SitePolicy, load_policy
+from fedllm.settings import DataSettings
 
 # an embedded model's or a hub's; no folder of the site
 _MODEL_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fedllm.config import ModelSettings
+from fedllm.settings import ModelSettings
 
 _FORMATS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 #: Processor flags that mean bfloat16 products in hardware (x86, then ARM).

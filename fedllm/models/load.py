@@ -23,12 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedllm.config import ModelSettings
 from fedllm.errors import ModelError, PrivacyError
 from fedllm.models.dtype import base_dtype
 from fedllm.models.pull import pull
 from fedllm.models.quiet import quiet
 from fedllm.models.registry import EMBEDDED
+from fedllm.settings import ModelSettings
 
 #: What transformers and its parts raise for files that are absent, damaged or of another model.
 LOADING_ERRORS = (

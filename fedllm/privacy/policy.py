@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tomli_w
 
-from fedllm.config import PrivacySettings
 from fedllm.errors import BudgetError, ConfigError
+from fedllm.settings import PrivacySettings
 
 #: Rows of metrics.csv and tables that are not sites.
 RESERVED = ("federation", "all sites")

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from fedllm.config import PATHS, Config
+from fedllm.config import Config
 from fedllm.runs.audits import KINDS, Audit, read_audits
 from fedllm.runs.calibration import calibration_rows, reliability_chart
 from fedllm.runs.charts import audit_chart, round_charts, rounds_note
@@ -26,6 +26,7 @@ from fedllm.runs.template import TEMPLATE
 from fedllm.runs.traffic import STAGES, flowertune_mib, totals, traffic
 from fedllm.runs.whole_sites import whole_sites_spent
 from fedllm.runs.wording import moment, size
+from fedllm.settings import PATHS
 
 UNKNOWN = "n/a"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from fedllm.config import PATHS, Config, Scalar
+from fedllm.config import Config
 from fedllm.runs.events import QUALITY, Event
 from fedllm.runs.metrics import RoundMetrics
 from fedllm.runs.sites import site_summaries, total
+from fedllm.settings import PATHS, Scalar
 
 NUMBERS = ("accepted", "epsilon", "bytes_up", "bytes_down", "seconds")
 _FORBIDDEN = re.compile(r"[^\w. -]|^\.+")

@@ -15,12 +15,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from fedllm.config import Config, Scalar, trackers
+from fedllm.config import Config, trackers
 from fedllm.errors import ConfigError, RunError
 from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder
 from fedllm.runs.metrics import round_metrics
 from fedllm.runs.shown import final_values, shown_settings, shown_values
+from fedllm.settings import Scalar
 
 PROJECT = "fedllm"
 #: Most parameters, and most metrics, in one of MLflow's requests, and most characters of a parameter.

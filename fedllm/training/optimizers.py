@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from fedllm.config import TrainSettings
+from fedllm.settings import TrainSettings
 
 _BETAS = (0.9, 0.999)
 

@@ -15,7 +15,7 @@ from fedllm.adapters.basis import Basis
 from fedllm.adapters.method import trained_parameters
 from fedllm.adapters.state import AdapterSpec, matrix_name
 from fedllm.adapters.vectors import prefix_of
-from fedllm.config import Config, ModelSettings
+from fedllm.config import Config
 from fedllm.data.encode import ClassEncoder, Encoded, PromptEncoder
 from fedllm.data.records import Example
 from fedllm.data.sites import SiteData
@@ -24,6 +24,8 @@ from fedllm.models.fingerprint import weights_fingerprint
 from fedllm.models.load import load_base, load_tokenizer, require_plain_head, require_separate_records
 from fedllm.privacy.engines import ENGINES
 from fedllm.privacy.per_example import Recorder
+from fedllm.settings import ModelSettings
+from fedllm.training.checkpointing import checkpoint_layers
 
 log = logging.getLogger("fedllm.site")
 
@@ -119,6 +121,7 @@ class _SessionKey:
     digest: str
     engine: str
     dropout: float
+    checkpointing: bool
     beta: float | None
     spec: AdapterSpec = field(compare=False)
     basis: Basis = field(compare=False)
@@ -135,6 +138,8 @@ def _open(key: _SessionKey) -> Session:
         require_plain_head(base)
     if key.engine:
         require_separate_records(base)
+    if key.checkpointing:
+        checkpoint_layers(base)
     wrapped = method.inject(base, spec, key.basis, dropout=key.dropout)
     parameters = trained_parameters(method, wrapped, spec)
     return Session(
@@ -170,6 +175,7 @@ def open_session(config: Config, spec: AdapterSpec, basis: Basis) -> Session:
             digest=spec.digest,
             engine=config.privacy.engine if config.privacy.enabled else "",
             dropout=config.adapter.dropout,
+            checkpointing=config.train.gradient_checkpointing,
             beta=config.train.beta,
             spec=spec,
             basis=basis,

@@ -10,12 +10,13 @@ from dataclasses import replace
 from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis
 from fedllm.adapters.state import AdapterSpec
-from fedllm.config import AdapterSettings, Config
+from fedllm.config import Config
 from fedllm.data.sources import public_labels
 from fedllm.errors import ConfigError, MismatchError
 from fedllm.models.fingerprint import architecture_fingerprint
 from fedllm.models.load import load_config
 from fedllm.models.shapes import head_shapes, linear_shapes
+from fedllm.settings import AdapterSettings
 
 
 def basis_seed(config: Config) -> str:

@@ -11,13 +11,13 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from fedllm.config import TrainSettings
 from fedllm.data.encode import PUBLIC, Encoded, padded_length
 from fedllm.errors import FedllmError, PrivacyError
 from fedllm.privacy.clipping import owned_means, pair_sums
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.privacy.sampling import random_subset
+from fedllm.settings import TrainSettings
 from fedllm.training.dirac import DiracCanaries
 from fedllm.training.forward import record_losses
 from fedllm.training.session import PRIVATE_PADDING, Session

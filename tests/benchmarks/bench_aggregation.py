@@ -20,7 +20,7 @@ import numpy as np
 from fedllm.adapters import METHODS
 from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.aggregation import RULES, Update
-from fedllm.config import StrategySettings
+from fedllm.settings import StrategySettings
 from fedllm.wire import decode, encode
 
 RANK = 16

@@ -16,8 +16,8 @@ from fedllm.aggregation.factors import factor_mean
 from fedllm.aggregation.lowrank import LowRank, stack
 from fedllm.aggregation.rule import branches_of, product_of, start_for, trained_names
 from fedllm.aggregation.spectral import back_project, range_of, sketch
-from fedllm.config import StrategySettings
 from fedllm.errors import RunError
+from fedllm.settings import StrategySettings
 
 SHAPES = {"a": (9, 7), "b": (6, 8)}
 OF = {"ffa": "ffa", "fed-sb": "fed-sb", "ravan": "ravan", "average": "hydra"}

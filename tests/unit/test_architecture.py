@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMON = {"choices", "config", "errors", "home"}
+COMMON = {"choices", "config", "errors", "home", "settings"}
 MAY = {
     "adapters": COMMON,
     "aggregation": COMMON | {"adapters"},
@@ -26,8 +26,9 @@ MAY = {
 }
 # what all rooms know knows none of them
 COMMON_MAY = {
-    "config": {"choices", "combinations", "errors"},
-    "combinations": {"config", "errors"},
+    "config": {"choices", "combinations", "errors", "settings"},
+    "combinations": {"config", "errors", "settings"},
+    "settings": set(),
     "choices": {"errors"},
     "errors": set(),
 }

@@ -44,6 +44,15 @@ def test_round_trips(tmp_path: Path) -> None:
         ({"data.heldout": 1.5}, "between 0 and 0.9"),
         ({"train.lr": float("nan")}, "train.lr: must be at least 0"),
         ({"privacy.enabled": True}, "exactly one of them"),
+        (
+            {
+                "privacy.enabled": True,
+                "privacy.epsilon": 1,
+                "privacy.engine": "opacus",
+                "train.gradient_checkpointing": True,
+            },
+            "use privacy.engine=own",
+        ),
         ({"privacy.enabled": True, "privacy.epsilon": 1, "privacy.noise_multiplier": 1}, "exactly one"),
         ({"privacy.enabled": True, "privacy.epsilon": 1, "privacy.delta": 0}, "privacy.delta: must lie"),
         (

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fedllm.config import DataSettings
 from fedllm.data.check import REFUSED, check_file
 from fedllm.errors import DataError
+from fedllm.settings import DataSettings
 
 ROWS = [
     ("short", "x", "north", "p1"),

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedllm.config import DataSettings
 from fedllm.data.sources import load_records
 from fedllm.errors import DataError
+from fedllm.settings import DataSettings
 
 SECRET = "zebra"
 GOOD = f"text,label\n{SECRET} one,x\n{SECRET} two,y\n"

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedllm.config import DataSettings
 from fedllm.data.records import Example, normalised
 from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names, split
 from fedllm.data.sources import load_records
 from fedllm.errors import ConfigError, DataError
+from fedllm.settings import DataSettings
 
 FILES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 WORDS = st.text(alphabet="abAB \t", min_size=1, max_size=4).filter(str.strip)

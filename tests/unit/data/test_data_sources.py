@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.config import DataSettings
 from fedllm.data.sources import default_instruction, label_names, load_records
 from fedllm.data.terminology import chapter_label
 from fedllm.errors import ConfigError, DataError
+from fedllm.settings import DataSettings
 
 
 def test_icd10_texts_are_distinct_and_labels_short() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from fedllm.config import Config, DataSettings
+from fedllm.config import Config
 from fedllm.data.check import REFUSED, check_file
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.options import fault, letter_of, letters, listed, record_options
@@ -23,6 +23,7 @@ from fedllm.data.records import Example
 from fedllm.data.sites import simulated_site, site_from_file
 from fedllm.data.sources import load_records
 from fedllm.errors import ConfigError, DataError
+from fedllm.settings import DataSettings
 
 ROWS: list[dict[str, Any]] = [
     {"text": "Which pumps?", "options": ["heart", "lung", "skin"], "label": 0},

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedllm.config import ModelSettings
 from fedllm.evaluation.generation import greedy_tokens
 from fedllm.models.load import load_base
+from fedllm.settings import ModelSettings
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [40], [12, 13, 14], [5, 6, 7, 90, 91]]
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fedllm.adapters.export import load_state
 from fedllm.adapters.method import write_state
-from fedllm.config import ModelSettings
 from fedllm.data.records import Example
 from fedllm.data.sites import simulated_site
 from fedllm.data.sources import public_labels
 from fedllm.federation.generate import answer, export_adapter, export_gguf, export_merged
 from fedllm.models.load import resolve
 from fedllm.runs.folder import RunFolder, load_config
+from fedllm.settings import ModelSettings
 from fedllm.training.forward import label_scores
 from fedllm.training.session import open_session, tokenise
 from fedllm.training.spec import basis_from_seed

@@ -10,7 +10,7 @@ import pytest
 
 from fedllm.config import Config
 from fedllm.federation.catalogue import catalogue, markdown, write_docs
-from fedllm.federation.estimate import break_even, estimate_bytes
+from fedllm.federation.estimate import break_even, estimate, estimate_bytes
 
 ROOT = Path(__file__).parents[3]
 MODELS: dict[str, dict[str, Any]] = {
@@ -93,6 +93,14 @@ def test_break_even_of_a_shipped_basis_and_of_a_seeded_one(tmp_path: Path) -> No
     assert "This recipe moves fewer bytes from the first round on" in break_even(seeded, theirs)
     assert shipped.one_off - seeded.one_off > 2_000_000_000
     assert "same number" in break_even(theirs, theirs)
+
+
+def test_layers_computed_again_need_less_memory(tmp_path: Path) -> None:
+    plain = settings("mistral-7b", tmp_path, train__micro_batch=8, train__max_length=512)
+    again = plain.replace(train__gradient_checkpointing=True)
+    # an input of each of 32 layers and 34 values of one, where it was 34 of each: bfloat16, 4096 wide
+    saved = (34 * 32 - 34 - 32) * 8 * 512 * 4096 * 2 / 2**20
+    assert estimate(plain).memory_mib - estimate(again).memory_mib == pytest.approx(saved, abs=1)
 
 
 def test_the_docs_hold_the_catalogue(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from fedllm.cli.app import app
-from fedllm.config import ModelSettings
 from fedllm.errors import ConfigError, DataError, RunError
 from fedllm.evaluation.flowertune import (
     TASKS,
@@ -30,6 +29,7 @@ from fedllm.federation import flowertune
 from fedllm.federation.flowertune import evaluate_run
 from fedllm.federation.generate import export_adapter
 from fedllm.models.load import load_base, load_tokenizer
+from fedllm.settings import ModelSettings
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "fpb": [{"sentence": "Sales rose again. " * (1 + n % 3), "label": n % 3} for n in range(5)],

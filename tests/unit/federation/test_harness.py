@@ -18,13 +18,13 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from fedllm.cli.app import app
-from fedllm.config import ModelSettings
 from fedllm.errors import ConfigError, DataError, RunError
 from fedllm.federation import harness
 from fedllm.federation.generate import export_adapter
 from fedllm.federation.harness import evaluate_with_harness
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.runs.folder import load_config, open_run
+from fedllm.settings import ModelSettings
 
 TEXT = "The heart pumps blood."
 

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_info
 
 from fedllm.adapters.export import save_peft_adapter
 from fedllm.adapters.state import AdapterSpec, AdapterState
-from fedllm.config import Config, ModelSettings
+from fedllm.config import Config
 from fedllm.errors import BudgetError, FedllmError, MismatchError, PrivacyError, RunError
 from fedllm.federation import client as client_module
 from fedllm.federation.records import pack, unpack, wire_size
@@ -34,6 +34,7 @@ from fedllm.privacy.plan import basis_plan
 from fedllm.privacy.policy import SitePolicy
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.folder import create_run, load_config, open_run
+from fedllm.settings import ModelSettings
 
 
 def is_train(message: Message) -> bool:

@@ -17,7 +17,7 @@ from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
 from fedllm.aggregation import RULES
 from fedllm.aggregation.lowrank import LowRank, svd
-from fedllm.config import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES, Config
+from fedllm.config import Config
 from fedllm.errors import ConfigError, RunError
 from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter, export_gguf, export_merged
@@ -26,6 +26,7 @@ from fedllm.federation.records import unpack
 from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
+from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES
 from strategies import STRATEGIES as CLASSES
 
 RANK = 3

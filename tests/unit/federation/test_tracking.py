@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Message
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fedllm.config import Config, Scalar
+from fedllm.config import Config
 from fedllm.errors import ConfigError
 from fedllm.federation.plan import check_recipe
 from fedllm.runs import tracking
@@ -19,6 +19,7 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runs.metrics import FEDERATION, WITHHELD
 from fedllm.runs.shown import NUMBERS, final_values
 from fedllm.runs.tracking import Tracked
+from fedllm.settings import Scalar
 
 
 class Away:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fedllm.config import ModelSettings
+from fedllm.settings import ModelSettings
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedllm.config import ModelSettings
 from fedllm.errors import ModelError
 from fedllm.models.gguf_file import QUANTIZATIONS, require_llama, rope_factors, write_gguf
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.models.vocabulary import LLAMA3_SPLIT, read_vocabulary
+from fedllm.settings import ModelSettings
 
 TEXT = "A patient of 57 years, 3 mg/day; naïve  twice<|im_end|>\n\tend"
 WORDS = ["the patient has the flu", "a patient with 12 teeth", "naïve therapy, the thin end"] * 3

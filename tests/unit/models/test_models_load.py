@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from fedllm.config import ModelSettings
 from fedllm.errors import ModelError, PrivacyError
 from fedllm.models.fingerprint import weights_fingerprint
 from fedllm.models.load import load_base, load_config, load_tokenizer, require_separate_records, resolve
+from fedllm.settings import ModelSettings
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from fedllm.adapters.state import AdapterSpec, AdapterState
-from fedllm.config import Config, Scalar
+from fedllm.config import Config
 from fedllm.runs.checkpoints import Checkpoint
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, create_run
+from fedllm.settings import Scalar
 
 MakeRun = Callable[..., RunFolder]
 Reply = Callable[..., None]

@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fedllm.config import PATHS, Config, Scalar, trackers
+from fedllm.config import Config, trackers
 from fedllm.errors import ConfigError
 from fedllm.runs import tracking
 from fedllm.runs.events import append_event, read_events
@@ -21,6 +21,7 @@ from fedllm.runs.folder import RunFolder
 from fedllm.runs.metrics import round_metrics
 from fedllm.runs.shown import final_values, shown_settings, shown_values
 from fedllm.runs.tracking import Tracked, Tracking, require_trackers
+from fedllm.settings import PATHS, Scalar
 
 MakeRun = Callable[..., RunFolder]
 Reply = Callable[..., None]

@@ -124,6 +124,29 @@ def test_training_is_reproducible_and_lowers_the_loss(method: str) -> None:
     assert any(not np.array_equal(one.state.tensors[k], other.state.tensors[k]) for k in state.tensors)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(dropout: float) -> None:
+    kept, results = [], []
+    for checkpointing in (False, True):
+        config, session, site, state = make(
+            train__gradient_checkpointing=checkpointing, adapter__dropout=dropout
+        )
+        sizes: list[int] = []
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            record_losses(session, site.train[:4])
+        kept.append(sum(sizes))
+        results.append(go(session, site, config, state, round=1, plan=None))
+    assert kept[1] < kept[0] / 2
+    plain, again = results
+    for key, value in plain.state.tensors.items():
+        np.testing.assert_array_equal(again.state.tensors[key], value)
+
+
 def test_equal_to_a_plain_peft_loop() -> None:
     config, session, site, state = make(adapter__method="lora")
     found = go(session, site, config, state, round=1, plan=None).state
