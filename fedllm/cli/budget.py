@@ -20,21 +20,22 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="What a site has spent of its privacy budget.", no_args_is_help=True)
 console = Console(highlight=False)
-Books = Annotated[Path, typer.Argument(help="A site's policy file, or a run folder of simulated sites.")]
+BOOKS_HELP = "A site's policy file, or a run folder of simulated sites."
 
 
 @app.command()
 def show(
-    path: Books,
+    paths: Annotated[list[Path], typer.Argument(help=BOOKS_HELP)],
     picture: Annotated[
         Path | None, typer.Option(help="Also draw epsilon over the rounds, as a png or svg file.")
     ] = None,
 ) -> None:
-    """Show every run's spending, and what it comes to."""
-    from fedllm.federation.budget import open_books
+    """Show every run's spending, and what it comes to; of several sites also for a unit at all of them."""
+    from fedllm.federation.budget import open_books, shared_epsilon
 
     curves: dict[str, list[float]] = {}
-    for book in open_books(path):
+    books = [book for path in paths for book in open_books(path)]
+    for book in books:
         if not book.datasets():
             policy = book.policy
             limit = f"epsilon {policy.max_epsilon:g} at delta {policy.max_delta:g}"
@@ -45,10 +46,17 @@ def show(
                 entries = book.entries(dataset)
                 totals = [book.spent(entries[: count + 1]) for count in range(len(entries))]
                 curves[f"{book.policy.site}, {dataset}"] = totals
+    shared = shared_epsilon(books)
+    if shared is not None:
+        console.print(
+            f"a patient or customer with records at all {len(books)} sites: epsilon {shared[0]:.3f} at delta "
+            f"{shared[1]:g}, all spends composed",
+            soft_wrap=True,
+        )
     if picture is not None:
         from fedllm.runs.plots import save_epsilon_picture
 
-        limits = {book.policy.max_epsilon for book in open_books(path)}
+        limits = {book.policy.max_epsilon for book in books}
         save_epsilon_picture(picture, curves, limit=max(limits))
         console.print(f"picture: {picture}", markup=False)
 
@@ -114,11 +122,12 @@ def plan(
 
 
 def _planned_records(config: Config, policy: Path | None) -> Table:
-    from fedllm.federation.budget import counts_epsilon, planned_sites, rounds_left
+    from fedllm.federation.budget import counts_epsilon, planned_shared, planned_sites, rounds_left
 
     table = Table("site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds left")
     table.box = None
-    for found in planned_sites(config, policy):
+    sites = planned_sites(config, policy)
+    for found in sites:
         left = rounds_left(found.held, found.plan.spend(), policy=found.policy, relation=found.plan.relation)
         table.add_row(
             found.policy.site,
@@ -134,6 +143,10 @@ def _planned_records(config: Config, policy: Path | None) -> Table:
         f"epsilon by PLD at delta {config.privacy.delta:g}, {config.privacy.relation}; PRV and RDP "
         "are the same run by other accountants, add-or-remove-one"
     )
+    if len(sites) > 1:
+        table.caption += (
+            f"; {planned_shared(config, sites):.3f} for a unit with records at all {len(sites)} sites"
+        )
     heldout = counts_epsilon(config)
     if heldout is not None:
         table.caption += f"; counts over private held-out records spend {heldout:.3f} of those records' own"
@@ -143,7 +156,7 @@ def _planned_records(config: Config, policy: Path | None) -> Table:
 
 @app.command()
 def verify(
-    path: Books,
+    path: Annotated[Path, typer.Argument(help=BOOKS_HELP)],
     head: Annotated[str, typer.Option(help="A hash of the ledger that was noted elsewhere.")] = "",
 ) -> None:
     """Check that a ledger is whole, unaltered, and not older than a hash noted elsewhere."""

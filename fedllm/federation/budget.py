@@ -50,6 +50,18 @@ def spent(entries: Sequence[Entry], *, delta: float) -> float:
     )
 
 
+def shared_epsilon(books: Sequence[Book]) -> tuple[float, float] | None:
+    """Return epsilon, and its delta, of a unit with records at all of these sites; None for one site.
+
+    Such a unit takes part in every site's steps, and each site draws its own batches and noise: what they
+    spent composes. For units at one site only the largest of the sites' epsilons stands.
+    """
+    if len(books) < 2:
+        return None
+    delta = max(book.policy.max_delta for book in books)
+    return spent([entry for book in books for entry in book.ledger.entries()], delta=delta), delta
+
+
 def open_books(path: Path) -> list[Book]:
     """Return the books of a site policy, or of all simulated sites of a run folder.
 
@@ -80,6 +92,8 @@ class Planned:
     ----------
     held : tuple[Spend, ...]
         What was spent on the same records before, and a basis that the recipe makes of them.
+    run : tuple[Spend, ...]
+        What the recipe spends, over all its rounds.
     before, epsilon : float
         Epsilon of what was spent before, and of the recipe alone.
     peers : dict[str, float]
@@ -89,6 +103,7 @@ class Planned:
     policy: SitePolicy
     plan: PrivacyPlan
     held: tuple[Spend, ...]
+    run: tuple[Spend, ...]
     before: float
     epsilon: float
     peers: dict[str, float]
@@ -133,10 +148,17 @@ def _planned(
         policy=policy,
         plan=plan,
         held=(*(entry.spend for entry in entries), *whole[:-1]),
+        run=whole,
         before=spent(entries, delta=policy.max_delta),
         epsilon=epsilon(whole, delta=plan.delta, relation=plan.relation),
         peers=cross_check(whole, delta=plan.delta),
     )
+
+
+def planned_shared(config: Config, sites: Sequence[Planned]) -> float:
+    """Return what a recipe spends of a unit with records at all of these sites."""
+    spends = [spend for site in sites for spend in site.run]
+    return epsilon(spends, delta=config.privacy.delta, relation=config.privacy.relation)
 
 
 def counts_epsilon(config: Config) -> float | None:

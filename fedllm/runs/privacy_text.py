@@ -201,7 +201,8 @@ def _records(
             ),
             "How many units a site has, unless its policy makes another number public (public_units): "
             "sample rate, noise and refusals follow from it.",
-            "A unit with records at several sites: it spends at each, at most the sum of the epsilons.",
+            "A unit with records at several sites: it spends at each, at most the sum of the epsilons; "
+            "`fedllm budget show` composes what sites' ledgers hold.",
             "What was learnt by trying other settings on private records: no epsilon here counts it.",
         ),
     )

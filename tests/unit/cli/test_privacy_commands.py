@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fedllm.cli.app import app
 from fedllm.errors import FedllmError
+from fedllm.privacy.accounting import epsilon
 from fedllm.privacy.ledger import Ledger
 
 RECIPE = [
@@ -83,9 +84,16 @@ def test_budget_shows_plans_and_verifies(run: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "of epsilon 4 at delta 0.0001; add-or-remove-one" in said(shown)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    ledgers = [Ledger(run / "sites" / f"site-{index}" / "ledger.sqlite") for index in range(2)]
+    spends = [entry.spend for ledger in ledgers for entry in ledger.entries()]
+    composed = epsilon(spends, delta=1e-4)
+    alone = [epsilon([entry.spend for entry in ledger.entries()], delta=1e-4) for ledger in ledgers]
+    assert max(alone) < composed < sum(alone)
+    assert f"records at all 2 sites: epsilon {composed:.3f} at delta 0.0001" in said(shown)
     planned = invoke("budget", "plan", *RECIPE)
     assert planned.exit_code == 0, planned.output
     assert "2 of 2 planned" in said(planned)
+    assert f"{composed:.3f} for a unit with records at all 2 sites" in said(planned)
     head = Ledger(run / "sites" / "site-0" / "ledger.sqlite").head
     assert head in invoke("budget", "verify", str(run)).output
     wrong = invoke("budget", "verify", str(run), "--head", "0" * 63 + "1")
