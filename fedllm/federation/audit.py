@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fedllm.aggregation import make_rule
 from fedllm.config import Config
 from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, FedllmError, PrivacyError
+from fedllm.federation.inprocess import reply_with
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.site import real_site
 from fedllm.privacy.accounting import ADD_OR_REMOVE, cross_check, epsilon, require_delta
@@ -24,7 +26,7 @@ from fedllm.privacy.audit import Check
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.plan import PrivacyPlan, make_plan
-from fedllm.privacy.release import RELEASES, require_released
+from fedllm.privacy.release import RELEASES
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
 from fedllm.training.canaries import audit_mechanism
@@ -38,6 +40,8 @@ __all__ = ["Check", "Subject", "audit_mechanism", "run_checks", "static_checks",
 _DRAWS = 400
 _NUMBERS = 40_000
 _RARE = 1e-6
+#: What a careless handler would add to a private reply.
+_PRIVATE_VALUES = ("train_loss", "examples", "sample_rate", "noise_multiplier", "gradient_norm", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,18 +254,20 @@ def _trains(found: Subject, train: Sequence[str]) -> Check:
 
 
 def _leaving(config: Config) -> Check:
-    """List what a reply may carry beside the update, and try to send what it may not."""
+    """List what a reply may carry beside the update, and let a site answer with each value it may not."""
     public = config.data.heldout_public
-    try:
-        require_released(["train_loss"], metrics_public=public, simulated=False)
-        return Check("what leaves", False, "a training loss could leave")
-    except PrivacyError:
-        pass
+    closed = [] if public else [name for name, release in RELEASES.items() if release.treatment == "public"]
+    for name in [*_PRIVATE_VALUES, *closed]:
+        with TemporaryDirectory() as folder:
+            reply = reply_with(config.replace(run__dir=folder), {name: 1.0})
+        if name in reply:
+            return Check("what leaves", False, f"'{name}' left a site that was made to answer with it")
     names = [
         n for n, r in RELEASES.items() if r.treatment != "simulated" and (public or r.treatment != "public")
     ]
     extra = "metrics on held-out records, which the recipe declares public" if public else "no metrics"
-    return Check("what leaves", True, f"beside the update {extra}; in all: {', '.join(names)}")
+    refused = f"{len(_PRIVATE_VALUES) + len(closed)} values that a site was made to answer with were stopped"
+    return Check("what leaves", True, f"{refused}; beside the update {extra}; in all: {', '.join(names)}")
 
 
 def _noise(plan: PrivacyPlan, generator: SecureGenerator) -> np.ndarray:

@@ -58,16 +58,16 @@ Answer = tuple[Notes, Parts]
 def client_app() -> ClientApp:
     """Return the Flower ClientApp of a site."""
     app = ClientApp()
-    app.query("hello")(_answering(_hello))
-    app.query("make_basis")(_answering(_make_basis))
-    app.query("keep_basis")(_answering(_keep_basis))
-    app.query("project")(_answering(_project))
-    app.train()(_answering(_train))
-    app.evaluate()(_answering(_evaluate))
+    app.query("hello")(answering(_hello))
+    app.query("make_basis")(answering(_make_basis))
+    app.query("keep_basis")(answering(_keep_basis))
+    app.query("project")(answering(_project))
+    app.train()(answering(_train))
+    app.evaluate()(answering(_evaluate))
     return app
 
 
-def _answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Message, Context], Message]:
+def answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Message, Context], Message]:
     """Turn a handler into one that always replies: an error becomes a note without records' text."""
 
     def answer(message: Message, context: Context) -> Message:

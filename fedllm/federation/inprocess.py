@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import Config
-from fedllm.federation.client import client_app
+from fedllm.federation.client import answering, client_app
+from fedllm.federation.records import Notes, pack, unpack
 from fedllm.federation.server import serve
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
@@ -132,3 +134,13 @@ def run(config: Config) -> RunResult:
 def run_values(values: Mapping[str, Scalar], *, sites: int) -> RunResult:
     """Run flat settings as :func:`run` does; ``run.resume`` among them goes on with a folder."""
     return RunResult(serve(values, InProcessGrid(client_app(), nodes=sites)))
+
+
+def reply_with(config: Config, notes: Notes) -> Notes:
+    """Return what leaves a simulated site whose handler answers with these notes."""
+    app = ClientApp()
+    app.query("asked")(answering(lambda *_: (dict(notes), {})))
+    grid = InProcessGrid(app, nodes=1)
+    content = pack({"config": json.dumps(config.changed()), "index": 0})
+    (reply,) = grid.send_and_receive([grid.create_message(content, "query.asked", 1, "0")])
+    return unpack(reply.content)[0]
