@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Context, Message
+from torch import Tensor
 
 import fedllm
+from fedllm.adapters.export import load_state
+from fedllm.adapters.method import write_state
 from fedllm.config import Config
+from fedllm.data.records import Example
+from fedllm.data.sites import simulated_site
 from fedllm.federation.client import client_app
 from fedllm.federation.inprocess import InProcessGrid
 from fedllm.federation.server import serve
 from fedllm.runs.events import read_events
-from fedllm.runs.folder import RunFolder
+from fedllm.runs.folder import RunFolder, load_config
+from fedllm.training.forward import label_scores
+from fedllm.training.session import open_session, tokenise
+from fedllm.training.spec import basis_from_seed
 
 BASE: dict[str, Any] = {
     "model.name": "tiny-llama",
@@ -106,3 +115,26 @@ def resume() -> Callable[..., RunFolder]:
 def events() -> Callable[[RunFolder, str], list[Mapping[str, Any]]]:
     """Return a function that lists a run's events of one name."""
     return lambda folder, name: [e for e in read_events(folder) if e["event"] == name]
+
+
+@pytest.fixture
+def scored() -> Callable[..., tuple[Example, tuple[str, ...], Tensor]]:
+    """Return what scores a record as a finished run's own evaluation does.
+
+    It takes the run's folder and the record's text with what else it has (default: the first site's first
+    held-out record), and returns the record, the labels, and log p(label | record).
+    """
+
+    def score(folder: RunFolder, text: str = "", **more: Any) -> tuple[Example, tuple[str, ...], Tensor]:
+        config = load_config(folder)
+        state, _ = load_state(folder.adapter_dir)
+        basis = basis_from_seed(state.spec)
+        assert basis is not None
+        session = open_session(config, state.spec, basis)
+        write_state(session.method, session.model, state)
+        site = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=0)
+        record = Example(text=text, label=site.labels[0], unit="", **more) if text else site.heldout[0]
+        tokens = tokenise(replace(site, heldout=(record,)), config)
+        return record, tokens.labels, label_scores(session, tokens.heldout, tokens.label_tokens)[0]
+
+    return score

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from fedllm.adapters.export import load_state
-from fedllm.adapters.method import write_state
-from fedllm.data.records import Example
-from fedllm.data.sites import simulated_site
 from fedllm.data.sources import public_labels
 from fedllm.federation.generate import answer, export_adapter, export_gguf, export_merged
 from fedllm.models.load import resolve
-from fedllm.runs.folder import RunFolder, load_config
+from fedllm.runs.folder import load_config
 from fedllm.settings import ModelSettings
-from fedllm.training.forward import label_scores
-from fedllm.training.session import open_session, tokenise
-from fedllm.training.spec import basis_from_seed
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "adapter__method": "lora"}
 SHORT = {"federation__rounds": 1, "federation__sites": 1, "train__lr": 0.1}
@@ -41,28 +32,18 @@ def run_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return defined
 
 
-def scored(folder: RunFolder, **more: Any) -> tuple[tuple[str, ...], Tensor]:
-    """Return the labels, and their scores for the card's record as the run's own evaluation has them."""
-    config = load_config(folder)
-    state, _ = load_state(folder.adapter_dir)
-    basis = basis_from_seed(state.spec)
-    assert basis is not None
-    session = open_session(config, state.spec, basis)
-    write_state(session.method, session.model, state)
-    site = simulated_site(config.data, sites=config.federation.sites, seed=config.run.seed, index=0)
-    record = Example(text="A text.", label=site.labels[0], unit="", **more)
-    tokens = tokenise(replace(site, heldout=(record,)), config)
-    return tokens.labels, label_scores(session, tokens.heldout, tokens.label_tokens)[0]
-
-
 @pytest.mark.parametrize("pooling", ["model", "mean"])
 def test_an_encoders_card_gives_the_runs_labels(
-    federate: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pooling: str
+    federate: Any,
+    scored: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pooling: str,
 ) -> None:
     folder = federate(**ENCODER, **SHORT, model__pooling=pooling)
     capsys.readouterr()
     defined = run_card(folder.adapter_dir, monkeypatch)
-    labels, expected = scored(folder)
+    _, labels, expected = scored(folder, "A text.")
     found = torch.log_softmax(defined["logits"][0].detach(), dim=-1)
     assert torch.allclose(found, expected, atol=1e-5)
     assert defined["logits"].abs().max() > 0.01
@@ -72,13 +53,17 @@ def test_an_encoders_card_gives_the_runs_labels(
 
 @pytest.mark.parametrize("method", ["fed-sb", "ia3", "prompt"])
 def test_a_causal_models_card_scores_labels_as_the_run_did(
-    federate: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str
+    federate: Any,
+    scored: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
 ) -> None:
     strategy = "fed-sb" if method == "fed-sb" else "average"
     folder = federate(**SHORT, adapter__method=method, strategy__name=strategy)
     capsys.readouterr()
     defined = run_card(folder.adapter_dir, monkeypatch)
-    labels, expected = scored(folder)
+    _, labels, expected = scored(folder, "A text.")
     assert tuple(defined["labels"]) == labels
     found = torch.tensor([defined["score"](label) for label in labels])
     assert torch.allclose(found, expected, atol=1e-3)
@@ -86,7 +71,7 @@ def test_a_causal_models_card_scores_labels_as_the_run_did(
 
 
 def test_a_card_for_options_scores_their_letters(
-    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    federate: Any, scored: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "questions.jsonl"
     rows = [{"text": f"Which is {n}?", "options": ["this", "that"], "label": n % 2} for n in range(90)]
@@ -94,7 +79,7 @@ def test_a_card_for_options_scores_their_letters(
     file = {"data__source": "file", "data__path": str(path), "data__options": "options"}
     folder = federate(**SHORT, **file, data__task="choose", data__answers="index")
     defined = run_card(folder.adapter_dir, monkeypatch)
-    _, expected = scored(folder, options=("the first option", "the second"))
+    _, _, expected = scored(folder, "A text.", options=("the first option", "the second"))
     found = torch.tensor([defined["score"](label) for label in defined["labels"]])
     assert torch.allclose(found, expected, atol=1e-3)
 
@@ -113,7 +98,7 @@ def test_a_card_for_free_text_writes_what_the_run_would(
 
 @pytest.mark.parametrize("form", ["merged", "gguf"])
 def test_a_whole_models_card_scores_as_the_adapter_did(
-    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+    federate: Any, scored: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
 ) -> None:
     folder = federate(**SHORT, adapter__method="lora")
     target = tmp_path / form
@@ -122,7 +107,7 @@ def test_a_whole_models_card_scores_as_the_adapter_did(
     else:
         export_gguf(folder.path, target, quantization="f32")
     defined = run_card(target, monkeypatch)
-    labels, expected = scored(folder)
+    _, labels, expected = scored(folder, "A text.")
     found = torch.tensor([defined["score"](label) for label in labels])
     assert torch.allclose(found, expected, atol=1e-3)
     card = (target / "README.md").read_text(encoding="utf-8")
@@ -131,24 +116,24 @@ def test_a_whole_models_card_scores_as_the_adapter_did(
 
 
 def test_a_merged_encoders_card_answers(
-    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    federate: Any, scored: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = federate(**ENCODER, **SHORT)
     defined = run_card(export_merged(folder.path, tmp_path / "merged"), monkeypatch)
-    _, expected = scored(folder)
+    _, _, expected = scored(folder, "A text.")
     assert torch.allclose(torch.log_softmax(defined["logits"][0].detach(), dim=-1), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["hydra", "dora"])
 def test_where_peft_needs_the_base_the_card_says_how_to_get_it(
-    federate: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+    federate: Any, scored: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
 ) -> None:
     folder = federate(**SHORT, adapter__method=method, strategy__name="average")
     card = (folder.adapter_dir / "README.md").read_text(encoding="utf-8")
     assert "PeftModel" not in card
     assert "`fedllm export RUN DIR` reads the base's weights and writes an adapter that PEFT loads." in card
     defined = run_card(export_adapter(folder.path, tmp_path / "out"), monkeypatch)
-    labels, expected = scored(folder)
+    _, labels, expected = scored(folder, "A text.")
     found = torch.tensor([defined["score"](label) for label in labels])
     assert torch.allclose(found, expected, atol=1e-3)
 

@@ -7,35 +7,22 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fedllm.adapters.export import load_state
-from fedllm.adapters.method import write_state
 from fedllm.cli.app import app
-from fedllm.data.sites import simulated_site
 from fedllm.errors import ConfigError
 from fedllm.federation.classify import classify
-from fedllm.runs.folder import load_config
-from fedllm.training.forward import label_scores
-from fedllm.training.session import open_session, tokenise
-from fedllm.training.spec import basis_from_seed
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "model__pooling": "mean"}
 
 
 @pytest.mark.parametrize("model", [{}, ENCODER])
-def test_probabilities_are_those_that_the_run_scores(federate: Any, model: dict[str, str]) -> None:
+def test_probabilities_are_those_that_the_run_scores(
+    federate: Any, scored: Any, model: dict[str, str]
+) -> None:
     folder = federate(**model, federation__rounds=1, train__lr=0.1)
-    config = load_config(folder)
-    state, _ = load_state(folder.adapter_dir)
-    basis = basis_from_seed(state.spec)
-    assert basis is not None
-    session = open_session(config, state.spec, basis)
-    write_state(session.method, session.model, state)
-    site = simulated_site(config.data, sites=3, seed=config.run.seed, index=0)
-    tokens = tokenise(site, config)
-    expected = label_scores(session, tokens.heldout[:1], tokens.label_tokens).softmax(dim=1)[0]
-    found = {row.label: row for row in classify(folder.path, site.heldout[0].text)}
-    assert set(found) == set(tokens.labels)
-    for label, value in zip(tokens.labels, expected.tolist(), strict=True):
+    record, labels, scores = scored(folder)
+    found = {row.label: row for row in classify(folder.path, record.text)}
+    assert set(found) == set(labels)
+    for label, value in zip(labels, scores.softmax(dim=0).tolist(), strict=True):
         assert found[label].tuned == pytest.approx(value, abs=1e-4)
     assert sum(row.tuned for row in found.values()) == pytest.approx(1)
     untuned = [row.base for row in found.values()]
