@@ -234,7 +234,7 @@ class TrainSettings:
     )
     gradient_checkpointing: bool = setting(
         False,
-        "compute each layer's activations again in the backward pass: less memory, about a third more time",
+        "compute layers again in the backward pass: less memory, more time",
     )
     max_length: int = setting(128, "tokens of prompt and answer; longer prompts lose their end", minimum=8)
     schedule: str = setting("cosine", "learning rate over the whole run", choices=("cosine", "constant"))
