@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedllm.config import Config
 from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, base_name
-from fedllm.runs.sites import spread
+from fedllm.runs.sites import largest_epsilon, spread
 
 Event = Mapping[str, Any]
 
@@ -213,14 +213,13 @@ def _site_cells(site: str, events: Sequence[Event], pair: Pair) -> list[str]:
     private = any(config.private_replies for config in started)
     absent = "withheld" if private else "-"
     base, final = stages.get("base", {}), stages.get("final", {})
-    spent = [
-        e["epsilon"] for e in events if e["event"] == "site_reply" and e["site"] == site and e["epsilon"]
-    ]
+    said = (e for e in events if e["event"] in ("site_reply", "evaluated") and e["site"] == site)
+    spent = largest_epsilon(said)
     return [
         pair.cell(base) or absent,
         pair.cell(final or base, "majority_") or (absent if pair is LABELS else "-"),
         pair.cell(final) or absent,
         pair.interval(final),
         (pair.more and pair.more.cell(final)) or "-",
-        f"{max(spent):.2f}" if spent else "none",
+        f"{spent:.2f}" if spent else "none",
     ]

@@ -158,6 +158,8 @@ def as_options(
 
 
 def _read_csv(path: Path, text: str, roles: Mapping[str, str], options: Sequence[str]) -> Table:
+    # a cell may be as long as the file
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         columns = [name.strip() for name in next(reader, [])]

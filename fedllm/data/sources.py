@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 
 from fedllm.data.files import as_options, as_strings, read_table, require_columns
-from fedllm.data.options import fault, letter_of, letters, option_columns
+from fedllm.data.options import MOST, fault, letter_of, letters, option_columns
 from fedllm.data.terminology import icd10_rows, mcc_rows
 from fedllm.errors import ConfigError, DataError
 from fedllm.settings import DataSettings
@@ -72,13 +72,13 @@ def file_stamp(data: DataSettings) -> tuple[int, int]:
 def label_names(data: DataSettings, records: datasets.Dataset | None) -> tuple[str, ...]:
     """Return the labels in the order of ``data.labels``, or those of the records, sorted.
 
-    For ``data.task=choose`` they are the letters of the record with the most options, for free text
-    there are none.
+    For ``data.task=choose`` they are the letters of the record with the most options, or without records
+    all letters; for free text there are none.
     """
     if not data.labelled:
         return ()
     if data.task == "choose":
-        return letters(max(map(len, records["options"]), default=0)) if records is not None else ()
+        return letters(MOST if records is None else max(map(len, records["options"]), default=0))
     listed = _listed_labels(data)
     return listed if records is None or listed else tuple(sorted(records.unique("label")))
 

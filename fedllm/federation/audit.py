@@ -18,6 +18,7 @@ from fedllm.aggregation import make_rule
 from fedllm.config import Config
 from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, FedllmError, PrivacyError
+from fedllm.federation.counts import HELDOUT
 from fedllm.federation.inprocess import reply_with
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.site import real_site
@@ -29,6 +30,7 @@ from fedllm.privacy.plan import PrivacyPlan, make_plan
 from fedllm.privacy.release import RELEASES
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
+from fedllm.runs.sites import SiteSummary, site_summaries
 from fedllm.training.canaries import audit_mechanism
 from fedllm.training.round import train_round
 from fedllm.training.session import Session, SiteTokens, open_session, tokenise
@@ -170,6 +172,8 @@ def _sampler(plan: PrivacyPlan) -> Check:
 def _own_loss(found: Subject, train: Sequence[str]) -> Check:
     """Compare gradients of records in one batch with those of each alone: none may see the others."""
     session = found.session
+    if not found.tokens.train:
+        return Check("loss of the record alone", False, "no record can be used; the log says why")
     trained = session.trainable(train)
     _shake(trained)
     ordered = sorted(found.tokens.train, key=lambda record: record.length)
@@ -259,7 +263,8 @@ def _leaving(config: Config) -> Check:
     closed = [] if public else [name for name, release in RELEASES.items() if release.treatment == "public"]
     for name in [*_PRIVATE_VALUES, *closed]:
         with TemporaryDirectory() as folder:
-            reply = reply_with(config.replace(run__dir=folder), {name: 1.0})
+            inside = replace(config, run=replace(config.run, dir=folder))
+            reply, _ = reply_with(inside, {name: 1.0})
         if name in reply:
             return Check("what leaves", False, f"'{name}' left a site that was made to answer with it")
     names = [
@@ -290,24 +295,25 @@ def _two_sided(z: float) -> float:
 
 def run_checks(folder: RunFolder, config: Config) -> list[Check]:
     """Return the lines about a run's own books: each simulated site's ledger against what it reported."""
-    reported: dict[str, float] = {}
-    for event in read_events(folder):
-        if event["event"] == "site_reply" and event["epsilon"] is not None:
-            reported[event["site"]] = max(reported.get(event["site"], 0.0), event["epsilon"])
-    return [_ledger(folder, config, site, spent) for site, spent in sorted(reported.items())]
+    return [_ledger(folder, config, site) for site in site_summaries(read_events(folder)) if site.epsilon]
 
 
-def _ledger(folder: RunFolder, config: Config, site: str, reported: float) -> Check:
-    name = f"ledger of {site}"
-    path = folder.site_dir(site) / "ledger.sqlite"
+def _ledger(folder: RunFolder, config: Config, site: SiteSummary) -> Check:
+    name = f"ledger of {site.name}"
+    path = folder.site_dir(site.name) / "ledger.sqlite"
     if not path.is_file():
         return Check(name, None, "kept at the site: fedllm budget verify checks it there")
     try:
         entries = Ledger(path).entries()
     except PrivacyError as error:
         return Check(name, False, str(error))
-    spent = epsilon(
-        [entry.spend for entry in entries], delta=config.privacy.delta, relation=config.privacy.relation
-    )
-    detail = f"{len(entries)} spends, an unbroken chain, epsilon {spent:.3f}; reported {reported:.2f}"
-    return Check(name, spent <= reported + 1e-6, detail)
+    # records that are counted are not those that train, and have a budget of their own
+    trained = [entry for entry in entries if not entry.dataset.endswith(HELDOUT)]
+    counted = [entry for entry in entries if entry.dataset.endswith(HELDOUT)]
+    passed, told = True, ""
+    for rows, reported, what in ((trained, site.epsilon, ""), (counted, site.heldout_epsilon, " held out")):
+        spends = [entry.spend for entry in rows]
+        spent = epsilon(spends, delta=config.privacy.delta, relation=config.privacy.relation)
+        passed &= spent <= (reported or 0.0) + 1e-6
+        told += f"; epsilon{what} {spent:.3f}, reported {reported or 0.0:.2f}" if rows else ""
+    return Check(name, passed, f"{len(entries)} spends, an unbroken chain{told}")

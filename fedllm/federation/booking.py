@@ -6,10 +6,30 @@ from dataclasses import replace
 
 from fedllm.federation.records import Notes, text
 from fedllm.federation.site import Site
-from fedllm.privacy.accounting import Spend
+from fedllm.privacy.accounting import Spend, epsilon
 from fedllm.privacy.ledger import GENESIS
 from fedllm.privacy.plan import PrivacyPlan, authorise
 from fedllm.privacy.release import bucketed
+
+#: Names under which a reply says what was booked.
+BOOKED = ("epsilon", "ledger")
+
+
+def booked_so_far(site: Site, notes: Notes) -> Notes:
+    """Return what a site has booked for a run in all, whether or not its replies arrived in time.
+
+    Parameters
+    ----------
+    notes : Notes
+        The server's message, which names the run.
+    """
+    ledger, privacy = site.ledger(), site.config.privacy
+    held = ledger.entries(dataset=site.policy.dataset, data=site.data().fingerprint)
+    own = [entry.spend for entry in held if entry.run == text(notes, "run")]
+    if not own:
+        return {}
+    total = epsilon(own, delta=privacy.delta, relation=privacy.relation)
+    return dict(zip(BOOKED, (bucketed(total), ledger.head), strict=True))
 
 
 def book(
@@ -51,4 +71,4 @@ def book(
         data=data or site.data().fingerprint,
         ahead=ahead,
     )
-    return {"epsilon": bucketed(total), "ledger": ledger.head}
+    return dict(zip(BOOKED, (bucketed(total), ledger.head), strict=True))

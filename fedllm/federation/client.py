@@ -22,12 +22,13 @@ from fedllm.config import Config
 from fedllm.errors import DivergedError, FedllmError, MismatchError, PrivacyError, WireError
 from fedllm.evaluation.metrics import bootstrap_interval, majority
 from fedllm.federation.blobs import BlobStore
-from fedllm.federation.booking import book
+from fedllm.federation.booking import BOOKED, book, booked_so_far
 from fedllm.federation.cards import site_card
 from fedllm.federation.local import Start, finish, projected, receive, sketch_layout
 from fedllm.federation.makebasis import WITH_CORE, make_basis, read_basis
 from fedllm.federation.memory import SiteMemory
 from fedllm.federation.noised import noised_counts
+from fedllm.federation.plan import require_promises
 from fedllm.federation.records import (
     ADAPTER,
     BASIS,
@@ -77,6 +78,7 @@ def answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Mess
             notes, received = unpack(message.content)
             config = Config.from_flat(json.loads(str(notes["config"])))
             site = identify(context, config, int(str(notes["index"])))
+            require_promises(site.config)
             use_threads(site.config)
             result, parts = handler(site, notes, received)
         except FedllmError as error:
@@ -88,20 +90,22 @@ def answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Mess
         if site is not None:
             result["site"] = site.name
             if site.config.private_replies:
-                result = _released(site, result)
+                result, parts = _released(site, result, parts)
         return Message(pack(result, parts), reply_to=message)
 
     return answer
 
 
-def _released(site: Site, result: Notes) -> Notes:
-    """Return a private reply's notes, or an error in their place if one may not leave."""
+def _released(site: Site, result: Notes, parts: Parts) -> Answer:
+    """Return a private reply, or an error in its place if a note may not leave."""
     try:
         require_released(result, metrics_public=site.metrics_may_leave, simulated=site.simulated)
     except PrivacyError as error:
         log.error("withheld: %s", error)
-        return {"error": str(error), "site": site.name}
-    return result
+        # what was booked stays booked, and the coordinator has to know
+        kept = {name: result[name] for name in BOOKED if name in result}
+        return {"error": str(error), "site": site.name, **kept}, {}
+    return result, parts
 
 
 def _hello(site: Site, notes: Notes, parts: Parts) -> Answer:
@@ -192,6 +196,8 @@ def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
             train=plan.train,
             folded=start.folded,
             last=_last_change(config, start, memory, round),
+            # a simulated site's records lie beside the coordinator's
+            rehearsed=not site.simulated,
         )
     except DivergedError as error:
         if not config.site_privacy.at_sites:
@@ -228,6 +234,8 @@ def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
     result: Notes = {"weights": session.weights}
     if plan.personal and trained:
         _export_personal(site, session, start)
+    if config.privacy.enabled and trained:
+        result |= booked_so_far(site, notes)
     if not site.metrics_may_leave:
         return result | (noised_counts(site, notes, session, tokens, start) if trained else {}), {}
     records = config.evaluation.final_records

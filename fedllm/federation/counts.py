@@ -10,6 +10,8 @@ from fedllm.runs.events import INTERVAL
 
 #: What a site counts: held-out records, those that the finished adapter has right, and the untuned base.
 COUNTS = ("records", "right", "base_right")
+#: What stands behind a data set's name in the ledger where its held-out records were counted.
+HELDOUT = ", held out"
 
 
 def noised_accuracies(notes: Mapping[str, Note], *, noise_multiplier: float) -> Notes:

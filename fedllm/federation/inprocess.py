@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import Config
 from fedllm.federation.client import answering, client_app
-from fedllm.federation.records import Notes, pack, unpack
+from fedllm.federation.records import Notes, Parts, pack, unpack
 from fedllm.federation.server import serve
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
@@ -136,11 +137,11 @@ def run_values(values: Mapping[str, Scalar], *, sites: int) -> RunResult:
     return RunResult(serve(values, InProcessGrid(client_app(), nodes=sites)))
 
 
-def reply_with(config: Config, notes: Notes) -> Notes:
-    """Return what leaves a simulated site whose handler answers with these notes."""
+def reply_with(config: Config, notes: Notes, parts: Parts = MappingProxyType({})) -> tuple[Notes, Parts]:
+    """Return what leaves a simulated site whose handler answers with these notes and payloads."""
     app = ClientApp()
-    app.query("asked")(answering(lambda *_: (dict(notes), {})))
+    app.query("asked")(answering(lambda *_: (dict(notes), dict(parts))))
     grid = InProcessGrid(app, nodes=1)
     content = pack({"config": json.dumps(config.changed()), "index": 0})
     (reply,) = grid.send_and_receive([grid.create_message(content, "query.asked", 1, "0")])
-    return unpack(reply.content)[0]
+    return unpack(reply.content)

@@ -217,6 +217,7 @@ def _match(session: Session, candidates: Sequence[Encoded], plan: PrivacyPlan, *
         for r in candidates
     ]
     table = torch.stack([value / value.norm().clamp_min(1e-12) for value in plain])
+    tried = min(tried, len(candidates))
     noised = [_flat(released(session, candidates[place], plan)) for place in range(tried)]
     return Matching(
         tried=tried,

@@ -115,11 +115,15 @@ class Intake:
         reason, update = reply.reason, None
         released: dict[str, float | None] = dict.fromkeys(MEASURED)
         try:
+            if reply.notes.get("site") == reply.peer.name:
+                # what is set aside was booked and seen, too
+                self.run.note_head(reply)
+                released["epsilon"] = number(reply.notes, "epsilon")
             if not reason:
                 update = self._update(reply)
                 released = {name: number(reply.notes, name) for name in MEASURED}
         except FedllmError as error:
-            reason, update = str(error), None
+            reason, update = reason or str(error), None
         if reason and "shipped basis" in reason:
             self.run.holders.discard(reply.peer.name)
         if reason and "kept payload" in reason:
@@ -144,8 +148,6 @@ class Intake:
         run, peer = self.run, reply.peer
         if text(reply.notes, "site") != peer.name:
             raise RunError(f"site {peer.name}: the reply carries another site's name.")
-        # before anything else: what is set aside now was booked and seen, too
-        run.note_head(reply)
         weights = text(reply.notes, "weights", limit=64)
         if weights != run.weights:
             raise RunError(
@@ -367,6 +369,7 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
                     majority_accuracy=number(notes, "majority_accuracy"),
                     majority_macro_f1=number(notes, "majority_macro_f1"),
                     calibration=amounts(notes, f"{prefix}calibration", length=CURVE),
+                    epsilon=number(notes, "epsilon"),
                     heldout_epsilon=number(notes, "heldout_epsilon"),
                     **{name: number(notes, f"{prefix}{name}") for name in (*QUALITY, *INTERVAL)},
                 )

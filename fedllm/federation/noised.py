@@ -15,7 +15,7 @@ from fedllm.config import Config
 from fedllm.data.records import Example
 from fedllm.errors import BudgetError
 from fedllm.federation.booking import book
-from fedllm.federation.counts import COUNTS
+from fedllm.federation.counts import COUNTS, HELDOUT
 from fedllm.federation.local import Start
 from fedllm.federation.records import Notes
 from fedllm.federation.site import Site
@@ -39,6 +39,9 @@ def noised_counts(site: Site, notes: Notes, session: Session, tokens: SiteTokens
     if config.data.unit:
         log.warning("no accuracy leaves: noised counts are for records, and here units own several.")
         return {}
+    if not tokens.labels:
+        log.warning("no accuracy leaves: data.labels is empty, so that no label is there to be scored.")
+        return {}
     data, plan = site.data(), counts_plan(config, counts=len(COUNTS))
     try:
         booked = book(
@@ -46,7 +49,7 @@ def noised_counts(site: Site, notes: Notes, session: Session, tokens: SiteTokens
             notes,
             plan,
             round=config.federation.rounds + 1,
-            dataset=f"{site.policy.dataset}, held out",
+            dataset=site.policy.dataset + HELDOUT,
             data=_fingerprint(data.heldout),
         )
     except BudgetError as error:

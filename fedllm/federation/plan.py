@@ -25,8 +25,19 @@ def check_recipe(config: Config) -> None:
             parse_codec(codec)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
-    require_compatible(config)
     require_trackers(config)
+    require_promises(config)
+
+
+def require_promises(config: Config) -> None:
+    """Refuse combinations under which a promise would not hold; a site asks this too, of any message.
+
+    Raises
+    ------
+    ConfigError
+        Naming the settings and the reason.
+    """
+    require_compatible(config)
     if config.site_privacy.at_sites and make_rule(config).plan(adapter_spec(config), 1).personal:
         raise ConfigError(
             f"strategy.name={config.strategy.name} keeps matrices at the sites, which "

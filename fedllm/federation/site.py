@@ -165,11 +165,14 @@ def real_site(path: Path, config: Config) -> Site:
     if not re.fullmatch(_MODEL_NAME, config.model.name):
         raise BudgetError(f"site {policy.site}: the server sent a model.name that is no model's name.")
     policy.require(config.privacy)
+    if not config.site_privacy.at_sites:
+        policy.require_site_noise(0.0)
     data = replace(
         _own_columns(policy, config.data),
         source="file",
         path="",
         site="",
+        partition="iid",
         heldout_public=bool(policy.heldout_path),
     )
     model = replace(config.model, path=policy.model_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training.session import Session, open_session
 from fedllm.training.spec import adapter_spec, basis_from_seed
-from fedllm.training.steps import private_release, record_gradients
+from fedllm.training.steps import of_units, private_release, record_gradients
 
 _CHUNK = 2048
 Rows = npt.NDArray[np.float64]
@@ -44,7 +45,7 @@ def released(session: Session, record: Encoded, plan: PrivacyPlan) -> Mapping[st
     return private_release(
         {key: value.shape for key, value in session.parameters.items()},
         [[record]],
-        gradients_of=lambda records: record_gradients(session, session.parameters, records),
+        gradients_of=of_units(partial(record_gradients, session, session.parameters)),
         plan=plan,
         generator=SecureGenerator(),
         micro_batch=1,

@@ -103,6 +103,7 @@ def load_config(model: ModelSettings, *, labels: int = 0) -> PretrainedConfig:
             f"{source}: {names[0]} is not a causal language model, so it cannot be fine-tuned here. "
             f"Choose another model.name, such as smollm2-135m-instruct, or model.kind=encoder."
         )
+    _require_own_quantization(config, model, source)
     return config
 
 
@@ -172,21 +173,45 @@ def load_base(model: ModelSettings, *, labels: int = 0) -> PreTrainedModel:
         )
     base.requires_grad_(False)
     if model.quantization != "none":
-        _keep_gradients(base)
+        _prepare_quantised(base)
     base.eval()
     return base
 
 
-def _keep_gradients(base: PreTrainedModel) -> None:
-    """Keep the 4-bit layers' layout: on some processors an evaluation pass would change it.
+def _require_own_quantization(config: PretrainedConfig, model: ModelSettings, source: Path | str) -> None:
+    """Refuse weights that are quantised in another way than ``model.quantization`` says.
 
-    No gradient flows through the other one, so training after evaluation would silently lose it.
+    Transformers takes a checkpoint's own way over the one it is asked for, and with it whatever makes one
+    record's numbers depend on the others of its pass.
     """
-    from bitsandbytes.nn.modules import Linear4bit
+    saved = config.to_dict().get("quantization_config")
+    if not saved:
+        return
+    kind = "another way"
+    if saved.get("quant_method") == "bitsandbytes" or saved.get("load_in_8bit") or saved.get("load_in_4bit"):
+        kind = "8bit" if saved.get("load_in_8bit") else "4bit"
+    if kind != model.quantization:
+        told = f"set model.quantization={kind}" if kind != "another way" else "use the unquantised model"
+        raise ModelError(
+            f"{source}: its weights are quantised ({saved.get('quant_method', kind)}, {kind}) and "
+            f"model.quantization={model.quantization}; {told}."
+        )
+
+
+def _prepare_quantised(base: PreTrainedModel) -> None:
+    """Keep gradients flowing and records apart, whatever the weights' own settings say.
+
+    On some processors an evaluation pass changes the 4-bit layers' layout; no gradient flows through the
+    other one, so training after evaluation would silently lose it. 8-bit outliers are found over a whole
+    batch: one record's would change how the others are multiplied.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for module in base.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt):
+            module.state.threshold = 0.0
 
 
 def is_head(path: str) -> bool:
@@ -238,8 +263,7 @@ def require_plain_head(base: PreTrainedModel) -> None:
 
 
 def _quantization(model: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig:
-    # outliers are found over a whole batch: one record's would change how the others are multiplied
-    options: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+    options: dict[str, Any] = {"load_in_8bit": True}
     if model.quantization == "4bit":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     if model.kind == "encoder":

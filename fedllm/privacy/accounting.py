@@ -115,6 +115,12 @@ def _compose(accountant: dp_accounting.PrivacyAccountant, events: _Events, delta
 
 
 def _event(sigma: float, rate: float, cap: int, records: int) -> dp_accounting.DpEvent:
+    if 0 < sigma < _LEAST / 2:
+        # the accountant's grid would not fit into memory
+        raise PrivacyError(
+            f"a noise multiplier of {sigma:g} protects nothing (an epsilon of some {1 / (2 * sigma**2):.2g} "
+            f"a step); give {_LEAST} or more."
+        )
     if cap:
         return dp_accounting.TruncatedSubsampledGaussianDpEvent(records, rate, cap, sigma)
     gaussian = dp_accounting.GaussianDpEvent(sigma)

@@ -46,7 +46,7 @@ CURVE = 30
 #: Fields that older runs have not written; where they are absent they are None.
 _LATER = {
     "site_reply": QUALITY[3:],
-    "evaluated": (*QUALITY[3:], *INTERVAL, "calibration", "heldout_epsilon"),
+    "evaluated": (*QUALITY[3:], *INTERVAL, "calibration", "epsilon", "heldout_epsilon"),
     "site_noise": ("epsilon_sites", "epsilon_coordinator"),
 }
 
@@ -106,6 +106,7 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
             "calibration": list | None,
             "majority_accuracy": float | None,
             "majority_macro_f1": float | None,
+            "epsilon": float | None,
             "heldout_epsilon": float | None,
         },
         "run_resumed": {"round": int},

@@ -14,6 +14,7 @@ from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, UNTUNED_BASE, base_name
 from fedllm.runs.metrics import mean, site_gap, worst_site
+from fedllm.runs.sites import largest_epsilon
 
 #: Key in a comparison's ``[baselines]`` -> name in table and picture, and the line's dashes there.
 BASELINES = {
@@ -133,7 +134,7 @@ def read_outcome(folder: RunFolder, *, group: str, method: str, seed: int, metri
         bytes_up=mean(reply["bytes_up"] for reply in replies) or 0.0,
         bytes_down=mean(reply["bytes_down"] for reply in replies) or 0.0,
         bytes_total=sum(event["bytes_up"] + event["bytes_down"] for event in counted),
-        epsilon=max((reply["epsilon"] for reply in replies if reply["epsilon"] is not None), default=None),
+        epsilon=largest_epsilon(event for event in events if event["event"] in ("site_reply", "evaluated")),
         seconds=_seconds(events),
         base_name=base_name(load_config(folder)),
     )

@@ -97,6 +97,14 @@ def total(sites: Sequence[SiteSummary]) -> SiteSummary:
     )
 
 
+def largest_epsilon(events: Iterable[Event]) -> float | None:
+    """Return the largest epsilon that replies and evaluations report, None where none does.
+
+    An evaluation's counts what was booked for replies that came too late.
+    """
+    return _largest(event.get("epsilon") for event in events)
+
+
 def _largest(values: Iterable[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
@@ -138,7 +146,6 @@ def _means(names: Sequence[str], scores: Iterable[Scores]) -> dict[str, float | 
 def _summary(
     name: str, replies: Sequence[Event], *, asked: set[int], base: Event, final: Event
 ) -> SiteSummary:
-    spent = [reply["epsilon"] for reply in replies if reply["epsilon"] is not None]
     either = {**base, **{key: value for key, value in final.items() if value is not None}}
     low, high = (final.get(key) for key in INTERVAL)
     return SiteSummary(
@@ -148,7 +155,7 @@ def _summary(
         final={metric: final.get(metric) for metric in QUALITY},
         interval=None if low is None or high is None else (low, high),
         records=either.get("records"),
-        epsilon=max(spent, default=None),
+        epsilon=largest_epsilon([*replies, final]),
         heldout_epsilon=final.get("heldout_epsilon"),
         bytes_up=sum(reply["bytes_up"] for reply in replies),
         bytes_down=sum(reply["bytes_down"] for reply in replies),

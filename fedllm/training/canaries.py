@@ -14,7 +14,7 @@ from fedllm.privacy.accounting import REPLACE, ZERO_OUT, Spend, epsilon
 from fedllm.privacy.audit import Check, Scores, epsilon_by_counts, epsilon_by_gaussian
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
-from fedllm.training.steps import private_release
+from fedllm.training.steps import of_units, private_release
 
 _SHAPES = {"first": (4, 4), "second": (2, 8)}
 _CANARY, _REPLACED, _EMPTY = -1, -2, -3
@@ -96,14 +96,20 @@ def _scores(plan: PrivacyPlan, extra: Sequence[int], trials: int) -> Scores:
     plan = replace(plan, units=len(units))
     generator = SecureGenerator()
 
-    def gradients_of(records: Sequence[Encoded]) -> dict[str, Tensor]:
+    def of_records(records: Sequence[Encoded]) -> dict[str, Tensor]:
         chosen = [gradients[record.prompt[0]] for record in records]
         return {key: torch.stack([found[key] for found in chosen]) for key in _SHAPES}
 
+    gradients_of = of_units(of_records)
     scores = np.empty(trials)
     for trial in range(trials):
         released = private_release(
-            _SHAPES, units, gradients_of=gradients_of, plan=plan, generator=generator, micro_batch=len(units)
+            _SHAPES,
+            units,
+            gradients_of=gradients_of,
+            plan=plan,
+            generator=generator,
+            micro_batch=len(units),
         )
         scores[trial] = float(released["first"][0, 0]) * plan.expected_batch / plan.clipping_norm
     return scores

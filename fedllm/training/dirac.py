@@ -76,21 +76,22 @@ class DiracCanaries:
         ]
 
     def among(
-        self, gradients_of: Callable[[Sequence[Encoded]], dict[str, Tensor]]
-    ) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
-        """Return a function that gives canaries their gradient and asks the given one for real records."""
+        self, gradients_of: Callable[[Sequence[Sequence[Encoded]]], dict[str, Tensor]]
+    ) -> Callable[[Sequence[Sequence[Encoded]]], dict[str, Tensor]]:
+        """Return a function that gives canaries their gradient and asks the given one for real units."""
 
-        def mixed(records: Sequence[Encoded]) -> dict[str, Tensor]:
-            real = [row for row, record in enumerate(records) if record.prompt[0] >= 0]
-            found = {key: torch.zeros(len(records), *shape) for key, shape in self._shapes.items()}
+        def mixed(units: Sequence[Sequence[Encoded]]) -> dict[str, Tensor]:
+            first = [unit[0].prompt[0] for unit in units]
+            real = [row for row, token in enumerate(first) if token >= 0]
+            found = {key: torch.zeros(len(units), *shape) for key, shape in self._shapes.items()}
             if real:
-                own = {k: v.cpu() for k, v in gradients_of([records[row] for row in real]).items()}
+                own = {k: v.cpu() for k, v in gradients_of([units[row] for row in real]).items()}
                 self._known.append(clipped_sum(own, clipping_norm=self._clipping_norm))
                 for key, value in own.items():
                     found[key][real] = value
-            for row, record in enumerate(records):
-                if record.prompt[0] < 0:
-                    key, place = self._places[-1 - record.prompt[0]]
+            for row, token in enumerate(first):
+                if token < 0:
+                    key, place = self._places[-1 - token]
                     found[key][row].view(-1)[place] = 1000 * self._clipping_norm
             return found
 

@@ -28,6 +28,7 @@ from fedllm.training.steps import (
     learning_rate,
     plain_gradients,
     private_gradients,
+    rehearse,
     require_private_path,
 )
 
@@ -58,6 +59,7 @@ def train_round(
     folded: Factors | None = None,
     last: Mapping[str, np.ndarray] | None = None,
     canaries: DiracCanaries | None = None,
+    rehearsed: bool = False,
 ) -> RoundResult:
     """Train ``train.local_steps`` steps from a received state.
 
@@ -75,6 +77,8 @@ def train_round(
         Key -> the federation's last change of that matrix, for FedHyper's client-side rate.
     canaries : DiracCanaries, optional
         Of an audit, see :mod:`fedllm.training.dirac`; the plan counts them among its units.
+    rehearsed : bool
+        Take a pass of the largest size before any private record, see :func:`fedllm.training.steps.rehearse`.
 
     Raises
     ------
@@ -98,6 +102,8 @@ def train_round(
     optimizer.zero_grad(set_to_none=True)
     if plan is not None:
         require_private_path(session, trained, plan)
+        if rehearsed:
+            rehearse(session, trained, plan, rows=settings.micro_batch, length=settings.max_length)
     torch.manual_seed(_dropout_seed(config, site.name, round))
     rate = ClientRate(
         trained,

@@ -24,7 +24,8 @@ from fedllm.training.session import PRIVATE_PADDING, Session
 
 log = logging.getLogger("fedllm.site")
 
-GradientsOf = Callable[[Sequence[Encoded]], dict[str, Tensor]]
+#: Units, each with its records -> key -> each unit's gradient, shape (units, *shape), float32.
+GradientsOf = Callable[[Sequence[Sequence[Encoded]]], dict[str, Tensor]]
 
 
 def learning_rate(train: TrainSettings, *, step: int, total: int) -> float:
@@ -104,7 +105,7 @@ def private_gradients(
     PrivacyError
         From :func:`record_gradients`.
     """
-    gradients_of: GradientsOf = partial(record_gradients, session, trained)
+    gradients_of = of_units(partial(record_gradients, session, trained))
     if canaries is not None:
         units, gradients_of = [*units, *canaries.units], canaries.among(gradients_of)
     found = private_release(
@@ -141,6 +142,27 @@ def require_private_path(session: Session, trained: Mapping[str, nn.Parameter], 
         ) from error
 
 
+def rehearse(
+    session: Session, trained: Mapping[str, nn.Parameter], plan: PrivacyPlan, *, rows: int, length: int
+) -> None:
+    """Take the largest pass that records can ask for, with public ones.
+
+    Where memory does not suffice the process may be killed, which no handler sees: it has to happen
+    whatever is drawn, and before anything is.
+    """
+    record = Encoded((0,) * (length - 1), (0,), truncated=False, rejected=(0,))
+    try:
+        plan.clip(record_gradients(session, trained, [record] * rows))
+    except Exception as error:
+        log.warning(
+            "a pass of train.micro_batch=%d records of train.max_length=%d tokens fails here (%s): records "
+            "as long contribute nothing; lower one of them.",
+            rows,
+            length,
+            type(error).__name__,
+        )
+
+
 def record_gradients(
     session: Session, trained: Mapping[str, nn.Parameter], records: Sequence[Encoded]
 ) -> dict[str, Tensor]:
@@ -166,6 +188,20 @@ def record_gradients(
     return gradients
 
 
+def of_units(of_records: Callable[[Sequence[Encoded]], dict[str, Tensor]]) -> GradientsOf:
+    """Return what gives each unit the mean of its records' gradients."""
+
+    def gradients(units: Sequence[Sequence[Encoded]]) -> dict[str, Tensor]:
+        found = of_records([record for unit in units for record in unit])
+        sizes = torch.tensor([len(unit) for unit in units])
+        if int(sizes.sum()) == len(units):
+            return found
+        owners = torch.arange(len(units)).repeat_interleave(sizes)
+        return owned_means(found, owners, units=len(units))
+
+    return gradients
+
+
 def private_release(
     shapes: Mapping[str, Sequence[int]],
     units: Sequence[Sequence[Encoded]],
@@ -187,17 +223,12 @@ def private_release(
     units : sequence of sequences of Encoded
         All privacy units of the site, each with its records.
     gradients_of : callable
-        Returns key -> per-record gradients of some records, shape (B, *shape), float32.
+        Returns key -> gradients of some units, shape (units, *shape), float32.
     """
     sums = plan.zeros(shapes)
 
     def contribute(chunk: Sequence[Sequence[Encoded]]) -> None:
-        gradients = gradients_of([record for unit in chunk for record in unit])
-        sizes = torch.tensor([len(unit) for unit in chunk])
-        if int(sizes.sum()) > len(chunk):
-            owners = torch.arange(len(chunk)).repeat_interleave(sizes)
-            gradients = owned_means(gradients, owners, units=len(chunk))
-        found = plan.clip(gradients)
+        found = plan.clip(gradients_of(chunk))
         # all matrices or none: a chunk that fails is taken again
         sums.update({key: sums[key].to(value.device) + value for key, value in found.items()})
 

@@ -181,3 +181,9 @@ def test_labels_outside_the_list_are_counted(tmp_path: Path) -> None:
 
 def test_nothing_left(tmp_path: Path) -> None:
     assert "no record is left" in refusal(write(tmp_path, "a.csv", GOOD), min_per_label=5)
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    letter = f"{SECRET} " * 30_000
+    path = write(tmp_path, "long.csv", f"text,label\n{letter},x\nshort,y\n")
+    assert load(path)["text"][0].split() == letter.split()

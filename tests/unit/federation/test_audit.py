@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,8 +196,8 @@ def _refuse() -> None:
 
 
 def test_a_value_that_may_leave_fails_the_audit(found: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    def passed(site: object, result: object) -> object:
-        return result
+    def passed(site: object, *reply: object) -> object:
+        return reply
 
     monkeypatch.setattr(client, "_released", passed)
     assert "what leaves" in failures(static_checks(found))
@@ -229,11 +231,11 @@ def test_one_run_stays_below_the_accountant_and_sees_a_lack_of_noise(monkeypatch
 
 
 def test_tokens_are_read_from_a_small_record_and_not_from_its_private_gradient() -> None:
-    found = inversion.attack_updates(config(data__max_per_label=5), records=4, candidates=10, rank=8)
+    found = inversion.attack_updates(config(data__max_per_label=5), records=4, candidates=3, rank=8)
     longer = [row for row in found.rows if row.tokens > row.rank]
     assert longer == list(found.rows)
     assert all(check.passed is None for check in found.checks)
-    assert found.matching.found == 4
+    assert (found.matching.found, found.matching.tried) == (3, 3)
 
 
 def test_membership_is_measured_on_a_finished_run(federate: Any) -> None:
@@ -245,3 +247,24 @@ def test_membership_is_measured_on_a_finished_run(federate: Any) -> None:
     assert found.check.passed is None
     text = found.check.detail
     assert "180 records that trained" in text
+
+
+def test_a_real_sites_recipe_may_name_columns_and_counts_that_are_not_its_own(tmp_path: Path) -> None:
+    rows = "\n".join(f"record {i},{'ab'[i % 2]}" for i in range(200))
+    (tmp_path / "own.csv").write_text(f"text,label\n{rows}\n")
+    (tmp_path / "public.csv").write_text("text,label\npublic one,a\npublic two,b\n")
+    policy = tmp_path / "site.toml"
+    policy.write_text(
+        'site = "north"\ndata_path = "own.csv"\nmax_delta = 1e-4\nheldout_path = "public.csv"\n'
+    )
+    asked = config(
+        data__source="file",
+        data__labels="a | b",
+        data__partition="column",
+        data__site="hospital",
+        evaluation__noise_multiplier=4.0,
+    )
+    found = subject(asked, policy)
+    assert failures(static_checks(found)) == []
+    unusable = replace(found, tokens=replace(found.tokens, train=(), units=((),) * 200))
+    assert "loss of the record alone" in failures(static_checks(unusable))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from fedllm.config import Config
 from fedllm.errors import BudgetError, ConfigError, PrivacyError
 from fedllm.federation import client as client_module
+from fedllm.federation.audit import run_checks
 from fedllm.federation.budget import planned_sites
 from fedllm.federation.estimate import estimate
 from fedllm.federation.records import ADAPTER, pack, unpack
@@ -22,6 +23,10 @@ from fedllm.privacy.accounting import epsilon
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.plan import basis_plan, make_plan, whole_run
 from fedllm.privacy.policy import load_policy
+from fedllm.privacy.release import bucketed
+from fedllm.runs.events import read_events
+from fedllm.runs.folder import RunFolder, load_config
+from fedllm.runs.sites import site_summaries
 
 PRIVATE: dict[str, Any] = {
     "privacy.enabled": True,
@@ -128,6 +133,15 @@ def test_plans_and_estimates_count_what_the_basis_costs(policy: Path) -> None:
         require_tunable([config.replace(data__heldout_public=True)])
 
 
+def booked(folder: RunFolder) -> dict[str, float]:
+    """Return what the simulated sites' ledgers come to, as a reply says it."""
+    ledgers = {path.parent.name: Ledger(path) for path in folder.path.glob("sites/*/ledger.sqlite")}
+    return {
+        site: bucketed(epsilon([entry.spend for entry in ledger.entries()], delta=1e-4))
+        for site, ledger in ledgers.items()
+    }
+
+
 def test_the_coordinator_remembers_the_ledger_of_a_reply_it_sets_aside(federate: Any, events: Any) -> None:
     def damage(message: Message, reply: Message) -> Message:
         notes, parts = unpack(reply.content)
@@ -144,6 +158,27 @@ def test_the_coordinator_remembers_the_ledger_of_a_reply_it_sets_aside(federate:
         # the first site made the basis
         assert len(ledger.entries()) == (4 if name == "site-0" else 3)
         assert [head for tag, head in heads.items() if tag.startswith(name)] == [ledger.head]
+    # what it sent was seen, so that its epsilon counts
+    assert {site.name: site.epsilon for site in site_summaries(read_events(folder))} == booked(folder)
+
+
+def test_what_was_booked_for_a_lost_reply_is_told_at_the_end(federate: Any, events: Any) -> None:
+    def lose(message: Message, reply: Message) -> Message:
+        late = message.metadata.message_type == "train" and message.metadata.group_id == "3"
+        if late and unpack(reply.content)[0]["site"] == "site-1":
+            return Message(error=Error(code=0, reason="x"), reply_to=message)
+        return reply
+
+    folder = federate(
+        lose, **{key.replace(".", "__"): value for key, value in PRIVATE.items()}, federation__quorum=2
+    )
+    told = {event["site"]: event["epsilon"] for event in events(folder, "site_reply") if event["epsilon"]}
+    spent = booked(folder)
+    assert told["site-1"] < spent["site-1"] - 0.05
+    assert {site.name: site.epsilon for site in site_summaries(read_events(folder))} == spent
+    heads = json.loads((folder.path / "ledger_heads.json").read_text())
+    assert {Ledger(path).head for path in folder.path.glob("sites/*/ledger.sqlite")} == set(heads.values())
+    assert all(check.passed for check in run_checks(folder, load_config(folder)))
 
 
 def test_the_coordinator_remembers_the_ledger_of_who_made_the_basis(federate: Any) -> None:

@@ -14,6 +14,7 @@ from fedllm.config import Config
 from fedllm.errors import ConfigError
 from fedllm.evaluation.noised import noised_accuracy
 from fedllm.federation import noised as noised_module
+from fedllm.federation.audit import run_checks
 from fedllm.federation.counts import noised_accuracies
 from fedllm.federation.local import Start
 from fedllm.federation.noised import noised_counts
@@ -23,6 +24,7 @@ from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.plan import counts_plan
 from fedllm.privacy.policy import load_policy
 from fedllm.privacy.release import bucketed
+from fedllm.runs.folder import load_config
 from fedllm.runs.metrics import as_told
 from fedllm.training.round import evaluate
 from fedllm.training.session import open_session, tokenise
@@ -52,6 +54,9 @@ def test_counts_leave_with_noise_and_are_booked_apart(federate: Any, events: Any
         assert [entry.dataset for entry in entries] == ["records", "records", "records, held out"]
         assert (entries[-1].noise_multiplier, entries[-1].sample_rate) == (1.0, 1.0)
     assert all(event["accuracy"] is None for event in events(folder, "site_reply"))
+    checks = run_checks(folder, load_config(folder))
+    assert [check.passed for check in checks] == [True] * 3
+    assert all(f"epsilon held out {cost:.2f}"[:-1] in check.detail for check in checks)
     text = folder.report_file.read_text()
     assert "counts with Gaussian noise (multiplier 1)" in text
     assert f"{cost:.2f} at delta 0.0001" in text
@@ -153,6 +158,30 @@ def test_a_real_site_counts_its_own_private_file_and_only_for_records(tmp_path: 
     policy.write_text(lines + 'private_heldout_path = "apart.csv"\nheldout_path = "apart.csv"\n')
     with pytest.raises(ConfigError, match="exclude each other"):
         load_policy(policy)
+
+
+def test_where_no_label_is_there_to_be_scored_nothing_is_booked(caplog: pytest.LogCaptureFixture) -> None:
+    site, session, tokens = held_out_of(3)
+    state = session.method.initial_state(session.spec, seed="0")
+    start = Start(shared=state, state=state, folded={})
+    assert noised_counts(site, {"run": "0a"}, session, replace(tokens, labels=()), start) == {}
+    assert "data.labels is empty" in caplog.text
+
+
+def test_a_real_site_knows_the_letters_of_options_without_its_records(tmp_path: Path) -> None:
+    rows = "\n".join(f"question {i},a|b|c,{'AB'[i % 2]}" for i in range(40))
+    (tmp_path / "own.csv").write_text(f"text,options,label\n{rows}\n")
+    (tmp_path / "apart.csv").write_text("text,options,label\nanother one,a|b|c,C\n")
+    policy = tmp_path / "site.toml"
+    policy.write_text(
+        'site = "north"\ndata_path = "own.csv"\nmax_delta = 1e-4\noptions = "options"\n'
+        'private_heldout_path = "apart.csv"\n'
+    )
+    config = Config.from_flat({k.replace("__", "."): v for k, v in PRIVATE.items()})
+    site = real_site(
+        policy, config.replace(data__task="choose", data__options="options", data__source="file")
+    )
+    assert site.data().labels[:4] == ("A", "B", "C", "D")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.config import Config
 from fedllm.errors import BudgetError, FedllmError, MismatchError, PrivacyError, RunError
 from fedllm.federation import client as client_module
+from fedllm.federation.inprocess import reply_with
 from fedllm.federation.records import pack, unpack, wire_size
 from fedllm.federation.run import start_run
 from fedllm.federation.site import identify, public_reason, real_site
@@ -484,16 +485,58 @@ def test_a_policy_insists_on_its_share_of_noise() -> None:
         policy.require_site_noise(0.0)
 
 
-@pytest.mark.parametrize("basis", ["gradient", "dp-gradient"])
-def test_a_policy_that_wants_site_noise_makes_no_basis_of_its_records(basis: str, tmp_path: Path) -> None:
+@pytest.fixture
+def noisy_policy(tmp_path: Path) -> Path:
     policy = tmp_path / "site.toml"
     policy.write_text(
         'site = "north"\ndata_path = "own.csv"\nmin_site_noise = 1.0\nrequire_privacy = false\n'
     )
-    config = Config.from_flat({"model.name": "tiny-llama"})
-    site = real_site(policy, replace(config, adapter=replace(config.adapter, basis=basis)))
+    return policy
+
+
+def test_a_policy_that_wants_site_noise_answers_no_message_of_another_run(noisy_policy: Path) -> None:
     with pytest.raises(BudgetError, match="wants a share of noise of 1"):
-        client_module._make_basis(site, {}, {})
+        real_site(noisy_policy, Config.from_flat({"model.name": "tiny-llama"}))
+
+
+@pytest.mark.parametrize("basis", ["gradient", "dp-gradient"])
+def test_a_policy_that_wants_site_noise_makes_no_basis_of_its_records(basis: str, noisy_policy: Path) -> None:
+    config = Config.from_flat({"model.name": "tiny-llama"})
+    hidden = replace(config.site_privacy, enabled=True, noise_at="sites")
+    asked = replace(config, adapter=replace(config.adapter, basis=basis), site_privacy=hidden)
+    with pytest.raises(BudgetError, match="wants a share of noise of 1"):
+        client_module._make_basis(real_site(noisy_policy, asked), {}, {})
+
+
+def test_a_site_refuses_what_its_noise_would_not_hide(tmp_path: Path) -> None:
+    asked = {
+        "model.name": "tiny-llama",
+        "run.dir": str(tmp_path),
+        "adapter.method": "lora",
+        "strategy.name": "fedsa",
+        "site_privacy.enabled": True,
+        "site_privacy.noise_at": "sites",
+        "site_privacy.noise_multiplier": 2.0,
+    }
+    # as a coordinator would that does not check its own recipe
+    notes, _ = reply_with(Config.from_flat(asked), {"weights": "0"})
+    assert "keeps matrices at the sites" in str(notes["error"])
+    assert "weights" not in notes
+
+
+def test_a_withheld_reply_carries_no_update_and_still_says_what_was_booked(tmp_path: Path) -> None:
+    private = Config.from_flat(
+        {
+            "run.dir": str(tmp_path),
+            "model.name": "tiny-llama",
+            "privacy.enabled": True,
+            "privacy.epsilon": 4.0,
+        }
+    )
+    notes, parts = reply_with(private, {"train_loss": 1.0, "epsilon": 0.5, "ledger": "0a"}, {"adapter": b"x"})
+    assert set(notes) == {"error", "site", "epsilon", "ledger"}
+    assert parts == {}
+    assert reply_with(private, {"epsilon": 0.5}, {"adapter": b"x"})[1] == {"adapter": b"x"}
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "discrete-gaussian"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
@@ -207,3 +208,26 @@ def test_positions_that_follow_the_longest_record_are_not_private(tiny, kind):
     base.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(PrivacyError, match=f"rope_type={kind}: .* another base model"):
         require_separate_records(base)
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_quantised_checkpoint_is_loaded_as_what_it_is(tiny, tmp_path, kind):
+    load_base(replace(tiny, quantization=kind, dtype="float32")).save_pretrained(tmp_path)
+    saved = ModelSettings(path=str(tmp_path), quantization=kind, dtype="float32")
+    if kind == "8bit":
+        # what the checkpoint says would mix the records of a batch
+        assert load_config(saved).quantization_config["llm_int8_threshold"] == 6.0
+        layers = [part for part in load_base(saved).modules() if isinstance(part, Linear8bitLt)]
+        assert layers
+        assert {part.state.threshold for part in layers} == {0.0}
+    for other in {"none", "4bit", "8bit"} - {kind}:
+        with pytest.raises(ModelError, match=f"set model.quantization={kind}"):
+            load_config(replace(saved, quantization=other))
+
+
+def test_a_checkpoint_quantised_in_another_way_is_refused(tiny, tmp_path):
+    config = load_config(tiny)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"quantised \(gptq, another way\) .* the unquantised model"):
+        load_config(ModelSettings(path=str(tmp_path), quantization="4bit"))

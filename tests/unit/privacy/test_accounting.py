@@ -220,3 +220,10 @@ def test_the_literal_dp_lora_recipe_has_the_papers_noise_and_comes_to_what_its_h
     spend = plan.spend(rounds=plan.rounds)
     assert (spend.steps, spend.sample_rate) == (50, 8 / 10_000)
     assert epsilon([spend], delta=plan.delta) == pytest.approx(0.014, abs=0.0006)
+
+
+def test_next_to_no_noise_is_refused_before_it_fills_the_memory() -> None:
+    with pytest.raises(
+        PrivacyError, match=r"a noise multiplier of 1e-06 protects nothing .* give 0.02 or more"
+    ):
+        epsilon([Spend(noise_multiplier=1e-6, sample_rate=0.1, steps=1)], delta=1e-5)

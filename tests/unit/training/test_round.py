@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import PrivacyPlan
 from fedllm.training import round as round_module
 from fedllm.training import steps
+from fedllm.training.dirac import DiracCanaries
 from fedllm.training.forward import record_losses
 from fedllm.training.hyper import ClientRate
 from fedllm.training.round import RoundResult, evaluate, train_round
@@ -292,6 +294,25 @@ def test_a_unit_of_many_records_moves_the_release_by_at_most_the_clipping_norm(d
         assert torch.allclose(without, plain, atol=1e-5)
 
 
+def test_the_guesser_of_the_one_run_audit_knows_all_but_the_canaries() -> None:
+    _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=1.0)
+    real = [site.train[:3], site.train[3:4], site.train[4:6]]
+    shapes = {key: tuple(value.shape) for key, value in session.parameters.items()}
+    canaries = DiracCanaries(shapes, count=20, clipping_norm=0.1, expected_batch=1.0)
+    units = [*real, *canaries.units]
+    gradients = steps.of_units(partial(steps.record_gradients, session, session.parameters))
+    found = steps.private_release(
+        shapes,
+        units,
+        gradients_of=canaries.among(gradients),
+        plan=all_of(len(units), noise_multiplier=0.0, expected_batch=1.0, clipping_norm=0.1),
+        generator=SecureGenerator(),
+        micro_batch=16,
+    )
+    canaries.observe(found)
+    np.testing.assert_allclose(canaries.scores, 0.1 * canaries.included, atol=1e-6)
+
+
 def test_a_units_gradient_is_the_mean_of_its_records() -> None:
     _, session, site, _ = make(privacy__enabled=True, privacy__noise_multiplier=0.5)
     wide = plan(noise_multiplier=0.0, clipping_norm=1e9)
@@ -376,6 +397,30 @@ def test_what_fails_for_every_record_fails_before_any_is_drawn(monkeypatch: pyte
     coarse = plan(discrete=True, noise_multiplier=1e8)
     with pytest.raises(PrivacyError, match="no private step can be taken .* the grid is too coarse"):
         go(session, site, config, state, round=1, plan=coarse)
+
+
+def test_the_largest_pass_is_taken_before_any_record_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, session, site, state = make(privacy__enabled=True, privacy__noise_multiplier=1.0)
+    passes: list[list[int]] = []
+    ordinary = steps.record_gradients
+
+    def watched(session: Session, trained: Any, records: Sequence[Encoded]) -> dict[str, Tensor]:
+        passes.append([record.length for record in records])
+        if records[0].length == config.train.max_length:
+            raise RuntimeError("out of memory")
+        return ordinary(session, trained, records)
+
+    monkeypatch.setattr(steps, "record_gradients", watched)
+    go(session, site, config, state, round=1, plan=plan(), rehearsed=True)
+    assert passes[1] == [160] * 4
+    assert (
+        "train.micro_batch=4 records of train.max_length=160 tokens fails here (RuntimeError)" in caplog.text
+    )
+    passes.clear()
+    go(session, site, config, state, round=1, plan=plan())
+    assert [160] * 4 not in passes
 
 
 def test_schedule_runs_over_the_whole_run() -> None:
@@ -494,7 +539,7 @@ def noiseless(
     return steps.private_release(
         {key: value.shape for key, value in session.parameters.items()},
         units,
-        gradients_of=gradients,
+        gradients_of=steps.of_units(gradients),
         plan=all_of(len(units), noise_multiplier=0.0, expected_batch=1.0),
         generator=SecureGenerator(),
         micro_batch=16,
