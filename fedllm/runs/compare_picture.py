@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
 }
 #: Least distance of two names beside their lines, as a share of the panel's height.
 NAME_GAP = 0.05
-#: Points nearer than these shares of both axes are drawn side by side.
+#: Points nearer than these shares of both axes, or with bars that overlap, are drawn side by side.
 NEAR = (0.045, 0.05)
 AXIS = "bytes of a whole run: all sites, both directions (log scale)"
 
@@ -148,8 +148,7 @@ def _points(axes: Axes, rows: Sequence[Row], metric: str, numbers: Mapping[str, 
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7))
     heights = [_height(row, metric) for row in rows]
-    values = [height.mean for height in heights]
-    for row, x, height in zip(rows, _side_by_side(totals, values, axes), heights, strict=False):
+    for row, x, height in zip(rows, _side_by_side(totals, heights, axes), heights, strict=False):
         level = 3 + numbers[row.method]
         fill, edge = (ACCENT, "white") if row.epsilon is None else ("white", ACCENT)
         axes.errorbar(
@@ -177,14 +176,15 @@ def _points(axes: Axes, rows: Sequence[Row], metric: str, numbers: Mapping[str, 
         )
 
 
-def _side_by_side(totals: Sequence[float], values: Sequence[float], axes: Axes) -> list[float]:
-    """Move points that nearly coincide apart, so that none hides another; return their bytes."""
+def _side_by_side(totals: Sequence[float], heights: Sequence[Estimate], axes: Axes) -> list[float]:
+    """Move points apart that nearly coincide or whose bars overlap; return their bytes."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     step = NEAR[0] * math.log(right / left)
-    moved = list(totals[: len(values)])
-    order = sorted(range(len(values)), key=totals.__getitem__)
+    moved = list(totals[: len(heights)])
+    order = sorted(range(len(heights)), key=totals.__getitem__)
     for place, index in enumerate(order):
         for other in order[:place]:
-            if abs(values[index] - values[other]) < NEAR[1] * (high - low):
+            bars = (heights[index].half or 0.0) + (heights[other].half or 0.0)
+            if abs(heights[index].mean - heights[other].mean) < max(bars, NEAR[1] * (high - low)):
                 moved[index] = max(moved[index], moved[other] * math.exp(step))
     return moved
