@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedllm.runs.events import INTERVAL, QUALITY, Event
 from fedllm.runs.metrics import mean, site_gap, worst_site
@@ -97,7 +98,7 @@ def total(sites: Sequence[SiteSummary]) -> SiteSummary:
     )
 
 
-def largest_epsilon(events: Iterable[Event]) -> float | None:
+def largest_epsilon(events: Iterable[Mapping[str, Any]]) -> float | None:
     """Return the largest epsilon that replies and evaluations report, None where none does.
 
     An evaluation's counts what was booked for replies that came too late.
