@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm.cli.recipes import Overrides
@@ -39,10 +40,12 @@ def check(
         from fedllm.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(config.model)
-    found = check_file(file, config.data, tokenizer, config.train.max_length)
-    facts = Table(box=None, show_header=False, title=str(file))
+    found = check_file(
+        file, config.data, tokenizer, config.train.max_length, encodes=config.model.kind == "encoder"
+    )
+    facts = Table(box=None, show_header=False, title=escape(str(file)))
     facts.add_row("rows", f"{found.rows:,}")
-    facts.add_row("columns", ", ".join(found.columns))
+    facts.add_row("columns", escape(", ".join(found.columns)))
     facts.add_row("duplicates", f"{found.duplicates:,}")
     if config.data.task == "classify":
         facts.add_row("same text, other label", f"{found.conflicting:,}")
@@ -60,7 +63,8 @@ def check(
     share = "give model.name to measure" if found.truncated is None else f"{found.truncated:.1%}"
     facts.add_row(f"longer than train.max_length={config.train.max_length}", share)
     if found.sites is not None:
-        facts.add_row("sites", ", ".join(f"{name} {count:,}" for name, count in found.sites.items()))
+        sites = ", ".join(f"{name} {count:,}" for name, count in found.sites.items())
+        facts.add_row("sites", escape(sites))
     if found.units is not None:
         facts.add_row("units", f"{found.units[0]:,}, at most {found.units[1]:,} records each")
     console = Console()
@@ -68,7 +72,7 @@ def check(
     labels = Table("label" if found.choices is None else "right option", "records", box=None)
     shown = sorted(found.labels.items(), key=lambda item: -item[1])
     for label, count in shown[:30]:
-        labels.add_row(label, f"{count:,}")
+        labels.add_row(escape(label), f"{count:,}")
     if len(shown) > 30:
         labels.add_row(f"and {len(shown) - 30} more", "")
     if shown:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.markup import escape
 from fedllm.config import Config, read_toml
 from fedllm.errors import ConfigError, RunError
 from fedllm.runs.folder import RunFolder, load_config, locked, open_run
+from fedllm.runs.manifest import read_manifest
 from fedllm.settings import Scalar
 
 console = Console(highlight=False)
@@ -100,7 +102,7 @@ class Job:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def state(self) -> str:
-        """Return finished, unfinished, changed (run with other settings), unreadable or missing."""
+        """Return finished, unfinished, changed (other settings or records), unreadable or missing."""
         from fedllm.runs.events import read_events
 
         try:
@@ -111,7 +113,7 @@ class Job:
             same = load_config(run).replace(run__dir=self.config.run.dir) == self.config
         except RunError:
             return "unreadable"
-        if not same:
+        if not (same and _same_records(run, self.config)):
             return "changed"
         done = any(event["event"] == "run_finished" for event in read_events(run))
         return "finished" if done else "unfinished"
@@ -120,6 +122,23 @@ class Job:
         """Return the words of ``fedllm`` that run it, or go on with it where it is unfinished."""
         words = [f"run.resume={self.folder}"] if state == "unfinished" else _words(self.changes)
         return ["run", str(self.recipe), *words, "--engine", "process"]
+
+
+def _same_records(run: RunFolder, config: Config) -> bool:
+    """Return whether a run had the records that its file has now; a file that is older has them."""
+    from fedllm.data.sites import simulated_site
+
+    path, manifest = Path(config.data.path).expanduser(), read_manifest(run)
+    if not path.is_file() or manifest is None:
+        return True
+    if path.stat().st_mtime <= datetime.fromisoformat(manifest["time"]).timestamp():
+        return True
+    sites, pooled = config.federation.sites, config.federation.mode == "central"
+    found = (
+        simulated_site(config.data, sites=sites, seed=config.run.seed, index=index, pooled=pooled)
+        for index in range(sites)
+    )
+    return {site.name: site.fingerprint for site in found} == manifest["data"]
 
 
 def plan(comparison: Comparison, file: Path, folder: Path) -> list[Job]:
@@ -306,8 +325,8 @@ def _absolute(config: Config) -> dict[str, Scalar]:
 
 
 def _difference(job: Job) -> str:
-    """Say which setting of a finished or begun run differs first."""
+    """Say which setting of a finished or begun run differs first, or that its records do."""
     before = load_config(open_run(job.folder)).to_flat()
     now = job.config.to_flat()
     key = next((key for key in now if key != "run.dir" and before[key] != now[key]), "")
-    return f"{key}: {before[key]!r}, now {now[key]!r}" if key else ""
+    return f"{key}: {before[key]!r}, now {now[key]!r}" if key else "the records of data.path"

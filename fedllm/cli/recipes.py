@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm.choices import added_choices
@@ -79,7 +80,7 @@ def check(
     found = estimate(config)
     chosen = Table("setting", "value", title="settings that differ from their defaults", box=None)
     for key, value in config.changed().items():
-        chosen.add_row(key, str(value))
+        chosen.add_row(key, escape(str(value)))
     console.print(chosen)
     facts = Table(title="estimate", box=None, show_header=False)
     facts.add_row("adapted matrices", f"{found.modules:,}")

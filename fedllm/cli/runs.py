@@ -263,13 +263,14 @@ def export(
 def generate(
     run: Folder,
     prompt: Annotated[str, typer.Argument(help="What to ask; the recipe's instruction goes before it.")],
+    pair: Annotated[str, typer.Option(help="The second text, where the recipe reads two.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     site: Site = "",
 ) -> None:
     """Ask the tuned model and the untuned base the same thing."""
     from fedllm.federation.generate import answer
 
-    base, tuned = answer(run, prompt, max_new_tokens=max_new_tokens, site=site)
+    base, tuned = answer(run, prompt, pair=pair, max_new_tokens=max_new_tokens, site=site)
     console.print("base:  ", base, markup=False)
     console.print("tuned: ", tuned, markup=False)
 

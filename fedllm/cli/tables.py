@@ -11,6 +11,7 @@ from rich.table import Table
 from fedllm.config import Config
 from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, base_name
 from fedllm.runs.sites import largest_epsilon, spread
+from fedllm.runs.whole_sites import whole_sites_spent
 
 Event = Mapping[str, Any]
 
@@ -214,12 +215,14 @@ def _site_cells(site: str, events: Sequence[Event], pair: Pair) -> list[str]:
     absent = "withheld" if private else "-"
     base, final = stages.get("base", {}), stages.get("final", {})
     said = (e for e in events if e["event"] in ("site_reply", "evaluated") and e["site"] == site)
-    spent = largest_epsilon(said)
+    spent, whole = largest_epsilon(said), whole_sites_spent(events)
+    promises = [f"{spent:.2f}"] if spent else []
+    promises += [f"{whole.outsiders:.2f} (whole sites)"] if whole is not None else []
     return [
         pair.cell(base) or absent,
         pair.cell(final or base, "majority_") or (absent if pair is LABELS else "-"),
         pair.cell(final) or absent,
         pair.interval(final),
         (pair.more and pair.more.cell(final)) or "-",
-        f"{spent:.2f}" if spent else "none",
+        ", ".join(promises) or "none",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fedllm.data.encode import PromptEncoder
+from fedllm.data.encode import ClassEncoder, PromptEncoder
 from fedllm.data.files import read_table
 from fedllm.data.options import fault, letter_of, letters, option_columns
 from fedllm.data.records import Example
@@ -116,8 +116,15 @@ def check_file(
     data: DataSettings,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 128,
+    *,
+    encodes: bool = False,
 ) -> FileReport:
     """Read a site's file as a run would and report on it.
+
+    Parameters
+    ----------
+    encodes : bool
+        Whether the tokenizer is an encoder's (``model.kind``), which reads texts and writes no answer.
 
     Raises
     ------
@@ -154,7 +161,7 @@ def check_file(
         duplicates=len(usable) - len(set(usable)),
         conflicting=sum(len(labels) > 1 for labels in labels_of.values()),
         empty=sum(not all(value.strip() for value in row) for row in zip(*values.values(), strict=True)),
-        truncated=_truncated(usable, data, tokenizer, max_length),
+        truncated=_truncated(usable, data, tokenizer, max_length, encodes=encodes),
         sites=None if sites is None else dict(sorted(sites.items())),
         units=None if owners is None else (len(owners), max(owners.values())),
         preferences=_preferences(usable) if data.rejected else None,
@@ -208,11 +215,17 @@ def _truncated(
     data: DataSettings,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
+    *,
+    encodes: bool,
 ) -> float | None:
     if tokenizer is None or not filled:
         return None
-    encoder = PromptEncoder(
-        tokenizer, instruction=default_instruction(data), prompt=data.prompt, max_length=max_length
+    encoder: ClassEncoder | PromptEncoder = (
+        ClassEncoder(tokenizer, labels=sorted({one.label for one in filled}), max_length=max_length)
+        if encodes
+        else PromptEncoder(
+            tokenizer, instruction=default_instruction(data), prompt=data.prompt, max_length=max_length
+        )
     )
     sample = filled[:: -(-len(filled) // _MEASURED)]
     return sum(encoder.encode(example).truncated for example in sample) / len(sample)

@@ -49,6 +49,8 @@ class SiteData:
         Sha256 over the sorted training records, as hex.
     lenient : bool
         Whether a record that cannot be used stays without training, where otherwise it is refused.
+    own_labels : tuple[str, ...] or None
+        Labels of the site's own training records where ``train`` holds all sites'; else None.
     """
 
     name: str
@@ -59,6 +61,7 @@ class SiteData:
     units: tuple[tuple[int, ...], ...]
     fingerprint: str
     lenient: bool = False
+    own_labels: tuple[str, ...] | None = None
 
 
 def site_names(data: DataSettings, *, sites: int) -> tuple[str, ...]:
@@ -111,11 +114,17 @@ def simulated_site(
     name = site_names(data, sites=sites)[index]
     examples = _examples(_partition(data, sites, seed, file_stamp(data))[index])
     train, heldout = split(examples, by_unit=bool(data.unit), share=data.heldout, seed=seed)
-    if pooled:
-        everything = _examples(load_records(data))
-        train, _ = split(everything, by_unit=bool(data.unit), share=data.heldout, seed=seed)
     labels = label_names(data, load_records(data))
-    return _site_data(data, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
+    own = _site_data(data, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
+    if not pooled:
+        return own
+    everything, _ = split(
+        _examples(load_records(data)), by_unit=bool(data.unit), share=data.heldout, seed=seed
+    )
+    whole = _site_data(
+        data, name=name, train=everything, heldout=heldout, labels=labels, seed=seed, fold=fold
+    )
+    return dataclasses.replace(whole, own_labels=tuple(example.label for example in own.train))
 
 
 def simulated_sites(data: DataSettings, *, sites: int, seed: int, fold: str = "test") -> Iterator[SiteData]:
@@ -168,6 +177,7 @@ def site_from_file(
     elif private_heldout_path:
         apart = load_records(dataclasses.replace(own, path=private_heldout_path), lenient=lenient)
         train, heldout = _examples(records), _examples(apart)
+        records = datasets.concatenate_datasets([records, apart])
     else:
         train, heldout = split(_examples(records), by_unit=bool(own.unit), share=own.heldout, seed=seed)
     # labels that only private records have are nobody's to score

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from fedllm.adapters.export import WEIGHTS_FILE
@@ -10,8 +9,8 @@ from fedllm.config import Config
 from fedllm.data.sources import default_instruction, public_labels
 from fedllm.models.registry import EMBEDDED
 from fedllm.runs.card import write_card, write_plain_card
-from fedllm.runs.folder import RunFolder, load_config
-from fedllm.runs.manifest import read_manifest
+from fedllm.runs.folder import RunFolder
+from fedllm.runs.manifest import settings_of
 from fedllm.runs.usage import Form, Usage
 from fedllm.settings import DataSettings
 
@@ -43,10 +42,7 @@ def run_card(
     RunError
         If the run cannot be read, or the card cannot be written.
     """
-    config, manifest = load_config(folder), read_manifest(folder)
-    if manifest is not None and not manifest["simulated"]:
-        # real sites have files of their own, whatever the recipe names
-        config = replace(config, data=replace(config.data, source="file"))
+    config = settings_of(folder)
     usage = _usage(config, form=form or _form(target), file=file, personal=personal)
     return write_card(folder, target, usage, site=site)
 

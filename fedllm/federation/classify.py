@@ -15,10 +15,11 @@ from fedllm.data.sources import default_instruction, public_labels
 from fedllm.errors import ConfigError
 from fedllm.evaluation.calibration import label_probabilities
 from fedllm.evaluation.scoring import label_log_likelihoods
-from fedllm.federation.generate import tuned_model
+from fedllm.federation.generate import require_pair, tuned_model
 from fedllm.models.load import load_tokenizer
 from fedllm.models.pooling import class_logits
-from fedllm.runs.folder import load_config, open_run
+from fedllm.runs.folder import open_run
+from fedllm.runs.manifest import settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +57,16 @@ def classify(folder: Path, text: str, *, pair: str = "", site: str = "") -> list
     ModelError
         If the base cannot be loaded.
     """
-    config = load_config(open_run(folder))
+    config = settings_of(open_run(folder))
     if config.data.task != "classify" or config.train.objective != "sft":
         raise ConfigError(f"{folder}: the run did not learn labels; ask it with `fedllm generate`.")
     if config.adapter.method == "prompt":
         raise ConfigError(f"{folder}: an adapter of virtual tokens is not scored here.")
     if not text.strip():
         raise ConfigError("the text is empty.")
-    if bool(pair) != bool(config.data.pair):
-        what = f"has one text, data.pair is empty; leave out --pair {pair[:20]!r}"
-        if config.data.pair:
-            what = f"reads two texts; give the second one ('{config.data.pair}') with --pair"
-        raise ConfigError(f"{folder}: the recipe {what}.")
+    require_pair(folder, config.data, pair)
+    if config.data.source == "file" and not (config.data.path or config.data.labels):
+        raise ConfigError(f"{folder}: its labels are known to the sites alone (data.labels is empty).")
     labels = public_labels(config.data)
     example = Example(text=text, label=labels[0], unit="", pair=pair)
     tokenizer, model = load_tokenizer(config.model), tuned_model(folder, site=site)

@@ -245,7 +245,7 @@ def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
     truth = tokens.heldout_labels[: records or None]
     if config.data.labelled and truth:
         # the commonest label of private records stays here; that of the public ones is no secret
-        commonest = truth if config.private_replies else tokens.train_labels
+        commonest = truth if config.private_replies else tokens.own_labels
         result["majority_accuracy"], result["majority_macro_f1"] = majority(commonest, truth)
     return result, {}
 

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from fedllm.adapters.export import WEIGHTS_FILE, load_state, save_with_base
+from fedllm.aggregation import make_rule
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.sources import default_instruction, public_labels
 from fedllm.errors import ConfigError, RunError
@@ -18,6 +19,8 @@ from fedllm.models.gguf_file import QUANTIZATIONS, require_llama, write_gguf
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.models.load import load_config as load_model_config
 from fedllm.runs.folder import RunFolder, load_config, open_run
+from fedllm.runs.manifest import settings_of
+from fedllm.settings import DataSettings
 
 
 def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
@@ -46,7 +49,7 @@ def write_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
         If the base is needed and cannot be loaded.
     """
     run = open_run(folder)
-    config, source = load_config(run), _adapter_dir(run, site)
+    config, source = settings_of(run), _adapter_dir(run, site)
     _require_free(target)
     if (source / WEIGHTS_FILE).is_file():
         target.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,8 @@ def write_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
             (target / file.name).write_bytes(file.read_bytes())
         return target
     state, _ = load_state(source)
-    if state.spec.method not in ("hydra", "dora"):
+    personal = make_rule(config).plan(state.spec, config.federation.rounds).personal
+    if not site and (personal or state.spec.method not in ("hydra", "dora")):
         raise RunError(f"{run.path}: every site has an adapter of its own; name one with --site.")
     labels = max((out for out, _ in state.spec.head.values()), default=0)
     base = load_base(config.model, labels=labels)
@@ -75,7 +79,7 @@ def export_merged(folder: Path, target: Path, *, site: str = "") -> Path:
         If the base cannot be loaded.
     """
     run = open_run(folder)
-    config = load_config(run)
+    config = settings_of(run)
     _require_free(target)
     merged_model(folder, site=site).save_pretrained(target)
     load_tokenizer(config.model).save_pretrained(target)
@@ -110,7 +114,7 @@ def export_gguf(folder: Path, target: Path, *, quantization: str = "f16", site: 
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"--quantization: '{quantization}' is not one of {', '.join(QUANTIZATIONS)}.")
     run = open_run(folder)
-    config = load_config(run)
+    config = settings_of(run)
     # said before minutes of merging
     require_llama(load_model_config(config.model))
     _require_free(target)
@@ -135,7 +139,7 @@ def merged_model(folder: Path, *, site: str = "") -> PreTrainedModel:
     ModelError
         If the base cannot be loaded.
     """
-    config = load_config(open_run(folder))
+    config = settings_of(open_run(folder))
     if config.model.pooling == "mean":
         raise ConfigError(
             "model.pooling=mean: the merged model's own class would give its head another input; export the "
@@ -162,11 +166,26 @@ def tuned_model(folder: Path, *, site: str = "") -> PeftModel:
     ModelError
         If the base cannot be loaded.
     """
-    config = load_config(open_run(folder))
+    config = settings_of(open_run(folder))
     labels = len(public_labels(config.data)) if config.model.kind == "encoder" else 0
     with TemporaryDirectory() as scratch:
         adapter = write_adapter(folder, Path(scratch) / "adapter", site=site)
         return PeftModel.from_pretrained(load_base(config.model, labels=labels), adapter).eval()
+
+
+def require_pair(folder: Path, data: DataSettings, pair: str) -> None:
+    """Refuse a second text that is missing or too much.
+
+    Raises
+    ------
+    ConfigError
+        Saying which.
+    """
+    if bool(pair) != bool(data.pair):
+        what = f"has one text, data.pair is empty; leave out --pair {pair[:20]!r}"
+        if data.pair:
+            what = f"reads two texts; give the second one ('{data.pair}') with --pair"
+        raise ConfigError(f"{folder}: the recipe {what}.")
 
 
 def _require_free(target: Path) -> None:
@@ -174,22 +193,33 @@ def _require_free(target: Path) -> None:
         raise RunError(f"{target}: exists already; choose another folder.")
 
 
-def answer(folder: Path, prompt: str, *, max_new_tokens: int, site: str = "") -> tuple[str, str]:
+def answer(
+    folder: Path, prompt: str, *, max_new_tokens: int, pair: str = "", site: str = ""
+) -> tuple[str, str]:
     """Return the base's and the tuned model's greedy answers to a prompt.
+
+    Parameters
+    ----------
+    prompt, pair : str
+        What stands for the record's text, and for its second one where the recipe has one (``data.pair``).
 
     Raises
     ------
     ConfigError
-        If the run's model is an encoder, which writes nothing.
+        If the run's model is an encoder, which writes nothing, its questions have options, or a second
+        text is missing or too much.
     RunError
         If the run has no finished adapter.
     ModelError
         If the base cannot be loaded.
     """
     run = open_run(folder)
-    config = load_config(run)
+    config = settings_of(run)
     if config.model.kind == "encoder":
         raise ConfigError(f"{run.path}: its model is an encoder; it classifies and writes no text.")
+    if config.data.task == "choose":
+        raise ConfigError(f"{run.path}: it learnt to choose among a question's options, which are not given.")
+    require_pair(run.path, config.data, pair)
     tokenizer = load_tokenizer(config.model)
     encoder = PromptEncoder(
         tokenizer,
@@ -197,7 +227,7 @@ def answer(folder: Path, prompt: str, *, max_new_tokens: int, site: str = "") ->
         prompt=config.data.prompt,
         max_length=config.train.max_length,
     )
-    ids = torch.tensor([encoder.prompt_ids(prompt)])
+    ids = torch.tensor([encoder.prompt_ids(prompt, pair)])
     model = tuned_model(folder, site=site)
 
     def continuation() -> str:

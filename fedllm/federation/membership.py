@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from transformers import PreTrainedModel
 
 from fedllm.config import Config
 from fedllm.data.encode import Encoded, collate, collate_classes
-from fedllm.data.sites import simulated_sites
+from fedllm.data.order import batch_indices
+from fedllm.data.sites import simulated_site
 from fedllm.errors import ConfigError, DataError
 from fedllm.federation.generate import tuned_model
+from fedllm.federation.site import training_config
 from fedllm.models.load import load_tokenizer
 from fedllm.privacy.audit import Check, Rate, Scores, area_interval, area_under_curve, hits_at
-from fedllm.runs.folder import load_config, open_run
+from fedllm.runs.events import Event, read_events
+from fedllm.runs.folder import open_run
+from fedllm.runs.manifest import settings_of
 from fedllm.training.forward import class_losses
 from fedllm.training.likelihood import causal_losses
 from fedllm.training.preference import preferences
-from fedllm.training.session import tokenise
+from fedllm.training.session import SiteTokens, tokenise
 from fedllm.training.steps import micro_batches
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
@@ -36,6 +41,9 @@ class Membership:
     ----------
     members, others : int
         Records scored of each kind.
+    drawn : float
+        Share of the members that a private run is expected to have drawn at least once: which ones nobody
+        knows. In an open run all members were in a batch.
     area : float
         Area under the curve; 0.5 is guessing.
     interval : tuple[float, float]
@@ -46,6 +54,7 @@ class Membership:
 
     members: int
     others: int
+    drawn: float
     area: float
     interval: tuple[float, float]
     hits: dict[float, Rate | None]
@@ -62,8 +71,11 @@ class Membership:
             )
             parts.append(f"true positives at {fpr:.1%} false ones: {text}")
         low, high = self.interval
+        kind = "records that trained"
+        if self.drawn < 1:
+            kind = f"training records (some {self.drawn:.0%} of them drawn in a step) "
         detail = (
-            f"{self.members} records that trained against {self.others} held out, scored by the loss: area "
+            f"{self.members} {kind.rstrip()} against {self.others} held out, scored by the loss: area "
             f"under the curve {self.area:.3f} ({low:.3f} to {high:.3f}); {'; '.join(parts)}"
         )
         return Check("membership", None, detail)
@@ -88,28 +100,70 @@ def attack_membership(folder: Path, *, records: int = 500) -> Membership:
     DataError
         If there are no held-out records to compare with.
     """
-    config = load_config(open_run(folder))
+    run = open_run(folder)
+    config = settings_of(run)
     if config.adapter.method == "prompt":
         raise ConfigError("adapter.method=prompt: membership is measured on adapters of weights.")
     if config.data.source == "file" and not config.data.path:
         raise ConfigError(f"{folder}: its sites were real; their records are not on this machine.")
     member: list[Encoded] = []
     other: list[Encoded] = []
-    for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed):
+    shares: list[float] = []
+    rounds = _trained_rounds(read_events(run))
+    for index in range(config.federation.sites):
+        data = simulated_site(
+            config.data,
+            sites=config.federation.sites,
+            seed=config.run.seed,
+            index=index,
+            pooled=config.federation.mode == "central",
+        )
         tokens = tokenise(data, config)
-        member += tokens.train[:records]
         other += tokens.heldout[:records]
-    if not other:
-        raise DataError("data.heldout=0: there are no held-out records to compare with.")
+        if data.name in rounds:
+            found, share = _members(training_config(config), tokens, rounds[data.name])
+            member += found[:records]
+            shares += [share] * len(found[:records])
+    if not (member and other):
+        raise DataError(f"{folder}: there are no records that trained, or no held-out ones to compare with.")
     model = tuned_model(folder)
     scores = [_scores(model, found, config) for found in (member, other)]
     return Membership(
         members=len(member),
         others=len(other),
+        drawn=sum(shares) / len(shares),
         area=area_under_curve(*scores),
         interval=area_interval(*scores),
         hits={fpr: hits_at(*scores, false_positive_rate=fpr) for fpr in FALSE_POSITIVE_RATES},
     )
+
+
+def _trained_rounds(events: Sequence[Event]) -> dict[str, set[int]]:
+    """Return site -> the rounds whose update of it was used."""
+    found: dict[str, set[int]] = {}
+    for event in events:
+        if event["event"] == "site_reply" and event["accepted"]:
+            found.setdefault(event["site"], set()).add(event["round"])
+    return found
+
+
+def _members(config: Config, tokens: SiteTokens, rounds: Collection[int]) -> tuple[list[Encoded], float]:
+    """Return a site's records that were in a batch, and 1; in a private run all, and the share drawn."""
+    train, size = config.train, config.train.batch_size * config.train.accumulation
+    steps = [
+        (round - 1) * train.local_steps + local for round in rounds for local in range(train.local_steps)
+    ]
+    if config.privacy.enabled:
+        rate = min(1.0, size / max(1, len(tokens.units)))
+        return list(tokens.train), 1 - (1 - rate) ** len(steps)
+    seen = {
+        index
+        for step in steps
+        for index in batch_indices(
+            len(tokens.train), batch_size=size, step=step, seed=config.run.seed, site=tokens.name
+        )
+    }
+    return [tokens.train[index] for index in sorted(seen)], 1.0
 
 
 def _scores(model: PeftModel, records: list[Encoded], config: Config) -> Scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedllm.aggregation import make_rule, require_compatible
 from fedllm.config import Config
 from fedllm.errors import ConfigError
+from fedllm.models.load import load_config
 from fedllm.runs.tracking import require_trackers
 from fedllm.training.spec import adapter_spec
 from fedllm.wire import parse_codec
@@ -27,6 +28,18 @@ def check_recipe(config: Config) -> None:
             raise ConfigError(f"{key}: {error}") from None
     require_trackers(config)
     require_promises(config)
+    if config.data.labelled and config.model.kind == "causal":
+        _require_window(config)
+
+
+def _require_window(config: Config) -> None:
+    """Refuse prompts longer than a model's window: labels are scored with all of the prompt in sight."""
+    window = load_config(config.model).get_text_config().to_dict().get("sliding_window")
+    if window and config.train.max_length > window:
+        raise ConfigError(
+            f"train.max_length={config.train.max_length}: the model attends to {window} tokens in some "
+            f"layers, and labels are scored with the whole prompt in sight; set it to {window} at most."
+        )
 
 
 def require_promises(config: Config) -> None:

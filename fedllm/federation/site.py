@@ -18,6 +18,7 @@ from fedllm.errors import BudgetError, DataError, PrivacyError
 from fedllm.federation.memory import SiteMemory
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.policy import SitePolicy, load_policy
+from fedllm.runs.folder import RunFolder
 from fedllm.settings import DataSettings
 
 # an embedded model's or a hub's; no folder of the site
@@ -131,14 +132,14 @@ def identify(context: Context, config: Config, index: int) -> Site:
             "this SuperNode names no site policy; start it with --node-config 'policy=\"/path/site.toml\"'."
         )
     name = site_names(config.data, sites=config.federation.sites)[index]
-    folder = Path(config.run.dir) / "sites" / name
+    folder = RunFolder(Path(config.run.dir)).site_dir(name)
     policy = simulated_policy(name, config)
     path = folder / "policy.toml"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text("# a simulated site\n" + policy.to_toml(), encoding="utf-8")
     return Site(
-        name=name, simulated=True, policy=policy, config=_training_config(config), folder=folder, index=index
+        name=name, simulated=True, policy=policy, config=training_config(config), folder=folder, index=index
     )
 
 
@@ -208,7 +209,7 @@ def _own_columns(policy: SitePolicy, data: DataSettings) -> DataSettings:
     )
 
 
-def _training_config(config: Config) -> Config:
+def training_config(config: Config) -> Config:
     """Return the settings a simulated site trains with: pooled records get the steps of all sites."""
     if config.federation.mode != "central":
         return config

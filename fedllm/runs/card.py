@@ -56,6 +56,8 @@ TEMPLATE = """{{ front }}
 Results and privacy are told by the report of the run, which its coordinator keeps (`report.html`).
 {% elif run.withheld %}
 Held-out records are private; their metrics stayed at the sites.
+{% elif not (run.sites | selectattr("records") | list) %}
+No held-out records were scored.
 {% else %}
 On held-out records{{ ", lower loss is better" if "loss" in judged_by }}:
 
@@ -143,7 +145,7 @@ def write_card(folder: RunFolder, target: Path, usage: Usage, *, site: str = "")
     run = _Run(
         manifest=manifest,
         sites=sites,
-        withheld=metrics_withheld(config) or not any(one.records for one in sites),
+        withheld=metrics_withheld(config),
         privacy=privacy_statement(
             config,
             epsilons={one.name: one.epsilon for one in sites},

@@ -56,7 +56,7 @@ def row_cells(row: Row, metric: str) -> list[str]:
     def score(value: Estimate | None, kind: Metric) -> str:
         if value is None:
             # what stands beside a metric that was sent was not withheld, but never measured
-            kept = row.epsilon is not None and not any(row.scores.values())
+            kept = row.is_private and not any(row.scores.values())
             return "withheld" if kept else "-"
         half = "" if value.half is None else f" ± {kind.scale * value.half:.{kind.digits}f}"
         return f"{kind.scale * value.mean:.{kind.digits}f}{half}"
@@ -72,9 +72,16 @@ def row_cells(row: Row, metric: str) -> list[str]:
             for value in (row.worst, row.gap)
         ),
         *("-" if n is None else traffic(n) for n in (row.bytes_up, row.bytes_down, row.bytes_total)),
-        "none" if row.epsilon is None else f"{row.epsilon:.2f}",
+        _epsilon(row),
         "-" if row.seconds is None else f"{row.seconds:.0f}",
     ]
+
+
+def _epsilon(row: Row) -> str:
+    parts = [] if row.epsilon is None else [f"{row.epsilon:.2f}"]
+    if row.sites_epsilon is not None:
+        parts.append(f"{row.sites_epsilon:.2f} (whole sites)")
+    return ", ".join(parts) or "none"
 
 
 def write_comparison(

@@ -132,7 +132,7 @@ def _signs(rows: Sequence[Row]) -> str:
     signs = []
     if any(row.seeds > 1 for row in rows):
         signs.append("bars: 95 % interval over seeds")
-    if any(row.epsilon is not None for row in rows):
+    if any(row.is_private for row in rows):
         signs.append("hollow: private run")
     return "\n" + "; ".join(signs) if signs else ""
 
@@ -150,7 +150,7 @@ def _points(axes: Axes, rows: Sequence[Row], metric: str, numbers: Mapping[str, 
     heights = [_height(row, metric) for row in rows]
     for row, x, height in zip(rows, _side_by_side(totals, heights, axes), heights, strict=False):
         level = 3 + numbers[row.method]
-        fill, edge = (ACCENT, "white") if row.epsilon is None else ("white", ACCENT)
+        fill, edge = (ACCENT, "white") if not row.is_private else ("white", ACCENT)
         axes.errorbar(
             x,
             height.mean,

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from fedllm.config import Config
 from fedllm.errors import RunError
-from fedllm.runs.folder import RunFolder, atomic_write
+from fedllm.runs.folder import RunFolder, atomic_write, load_config
 
 PACKAGES = ("fedllm", "torch", "flwr", "transformers", "peft", "opacus", "dp-accounting", "numpy")
 
@@ -96,6 +97,21 @@ def read_manifest(folder: RunFolder) -> dict[str, Any] | None:
     if not isinstance(manifest, dict):
         raise RunError(f"{folder.manifest_file}: not a manifest; restore or remove it.")
     return manifest
+
+
+def settings_of(folder: RunFolder) -> Config:
+    """Return a run's settings as its sites had them: real ones have files of their own, whatever is named.
+
+    Raises
+    ------
+    RunError
+        If settings or manifest cannot be read.
+    """
+    config, manifest = load_config(folder), read_manifest(folder)
+    if manifest is None or manifest["simulated"]:
+        return config
+    data = replace(config.data, source="file", path="", name="", subset="", partition="iid", site="")
+    return replace(config, data=data)
 
 
 def _version(package: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,16 +88,20 @@ def as_told(config: Config, events: Iterable[Event]) -> Config:
 
     Real sites decide by their own policies (``heldout_path``), whatever the recipe says: where metrics of
     a private run came that no noise was accounted for, the records they were measured on are public ones.
+    Where others sent noised counts beside them, the run has both.
     """
     if not config.private_replies or config.data.heldout_public:
         return config
-    seen = [
-        event
-        for event in events
-        if event["event"] in ("site_reply", "evaluated") and event.get("heldout_epsilon") is None
-    ]
-    came = any(event.get(name) is not None for event in seen for name in QUALITY)
-    return config.replace(data__heldout_public=True, evaluation__noise_multiplier=0.0) if came else config
+    seen = [event for event in events if event["event"] in ("site_reply", "evaluated")]
+    clear = [event for event in seen if event.get("heldout_epsilon") is None]
+    if not any(event.get(name) is not None for event in clear for name in QUALITY):
+        return config
+    noise = config.evaluation.noise_multiplier if len(clear) < len(seen) else 0.0
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, heldout_public=True),
+        evaluation=dataclasses.replace(config.evaluation, noise_multiplier=noise),
+    )
 
 
 def measured(config: Config) -> tuple[str, ...]:

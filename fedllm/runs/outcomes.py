@@ -15,6 +15,7 @@ from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, UNTUNED_BASE, base_name
 from fedllm.runs.metrics import mean, site_gap, worst_site
 from fedllm.runs.sites import largest_epsilon
+from fedllm.runs.whole_sites import whole_sites_spent
 
 #: Key in a comparison's ``[baselines]`` -> name in table and picture, and the line's dashes there.
 BASELINES = {
@@ -26,7 +27,7 @@ BASELINES = {
 }
 #: What is a line in the picture and no method; encoders have a base of another name.
 LINES = (*BASELINES.values(), UNTRAINED_HEAD)
-SCALARS = ("bytes_up", "bytes_down", "bytes_total", "epsilon", "seconds")
+SCALARS = ("bytes_up", "bytes_down", "bytes_total", "epsilon", "sites_epsilon", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,9 @@ class Outcome:
     bytes_total : int
         All sites, both directions, one-off traffic included.
     epsilon : float or None
-        Largest of all sites; None in a run without privacy.
+        Largest of all sites; None in a run without privacy for records.
+    sites_epsilon : float or None
+        Of whole sites, towards those who get the adapter; None where that is not promised.
     seconds : float
         Of work, also before a resume.
     base_name : str
@@ -78,6 +81,7 @@ class Outcome:
     bytes_down: float
     bytes_total: int
     epsilon: float | None
+    sites_epsilon: float | None
     seconds: float
     base_name: str
 
@@ -104,7 +108,13 @@ class Row:
     bytes_down: float | None = None
     bytes_total: float | None = None
     epsilon: float | None = None
+    sites_epsilon: float | None = None
     seconds: float | None = None
+
+    @property
+    def is_private(self) -> bool:
+        """Return whether records or whole sites were protected."""
+        return self.epsilon is not None or self.sites_epsilon is not None
 
     @property
     def is_line(self) -> bool:
@@ -124,6 +134,7 @@ def read_outcome(folder: RunFolder, *, group: str, method: str, seed: int, metri
     replies = [event for event in events if event["event"] == "site_reply"]
     # a round's event repeats the sum of its replies
     counted = [e for e in events if "bytes_up" in e and "bytes_down" in e and e["event"] != "round_finished"]
+    whole = whole_sites_spent(events)
     return Outcome(
         group=group,
         method=method,
@@ -135,6 +146,7 @@ def read_outcome(folder: RunFolder, *, group: str, method: str, seed: int, metri
         bytes_down=mean(reply["bytes_down"] for reply in replies) or 0.0,
         bytes_total=sum(event["bytes_up"] + event["bytes_down"] for event in counted),
         epsilon=largest_epsilon(event for event in events if event["event"] in ("site_reply", "evaluated")),
+        sites_epsilon=None if whole is None else whole.outsiders,
         seconds=_seconds(events),
         base_name=base_name(load_config(folder)),
     )
@@ -185,16 +197,17 @@ def make_rows(
         for method in dict.fromkeys(outcome.method for outcome in mine):
             runs = [outcome for outcome in mine if outcome.method == method]
             found = {name: [getattr(run, name) for run in runs] for name in SCALARS}
-            spent = [epsilon for epsilon in found.pop("epsilon") if epsilon is not None]
+            spent = {
+                name: max((value for value in found.pop(name) if value is not None), default=None)
+                for name in ("epsilon", "sites_epsilon")
+            }
             # what a baseline sent, its evaluation alone, is no price of the method
             means = {
                 name: mean(values)
                 for name, values in found.items()
                 if method not in LINES or name == "seconds"
             }
-            rows.append(
-                _row(group, method, [run.tuned for run in runs], epsilon=max(spent, default=None), **means)
-            )
+            rows.append(_row(group, method, [run.tuned for run in runs], **spent, **means))
     return rows
 
 

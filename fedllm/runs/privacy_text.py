@@ -92,7 +92,12 @@ def privacy_statement(
     own = (
         _records(config, epsilons=epsilons, simulated=simulated, limits=limits or {}, spent=heldout)
         if config.privacy.enabled
-        else _no_promise(simulated, hidden=config.site_privacy.at_sites, shown=config.data.heldout_public)
+        else _no_promise(
+            simulated,
+            mode=config.federation.mode,
+            hidden=config.site_privacy.at_sites,
+            shown=config.data.heldout_public,
+        )
     )
     if not config.site_privacy.enabled:
         return own
@@ -100,7 +105,35 @@ def privacy_statement(
     return replace(own, facts=(*own.facts, promise, *towards(config, whole_sites), *how))
 
 
-def _no_promise(simulated: bool | None, *, hidden: bool, shown: bool) -> PrivacyStatement:
+#: Mode -> how a private run keeps its promise.
+_KEPT = {
+    "federated": "Each site clips and noises its gradients before an update leaves it. The guarantee holds "
+    "towards the server, the other sites and everyone who gets the adapter.",
+    "local": "Each site trains alone, and clips and noises its gradients: no update leaves it, and the "
+    "guarantee holds towards everyone who gets its adapter.",
+    "central": "The records of all sites are pooled for this baseline, so that nothing is hidden from where "
+    "they are. There gradients are clipped and noised: the guarantee holds towards everyone who gets the "
+    "adapter.",
+}
+#: Mode -> what happens to single records without a promise, and what is open then.
+_OPEN = {
+    "federated": (
+        "Single records are not protected by this run. They stay at their site, but adapter updates "
+        "and metrics leave it without noise, and updates can reveal records to whoever sees them.",
+        "The records behind an update: whoever sees it, the coordinator first, may read parts of them.",
+    ),
+    "local": (
+        "Single records are not protected by this run. They stay at their site and no update leaves it; "
+        "metrics do, without noise.",
+    ),
+    "central": (
+        "Single records are not protected by this run: those of all sites are pooled for this baseline.",
+        "All records, from where they are pooled.",
+    ),
+}
+
+
+def _no_promise(simulated: bool | None, *, mode: str, hidden: bool, shown: bool) -> PrivacyStatement:
     if hidden:
         public = "The held-out records: the recipe declares them public, and their metrics have no noise."
         return PrivacyStatement(
@@ -111,14 +144,11 @@ def _no_promise(simulated: bool | None, *, hidden: bool, shown: bool) -> Privacy
             ),
             unprotected=(*((public,) if shown else ()), *_ALWAYS_OPEN),
         )
+    said, *opened = _OPEN[mode]
     return PrivacyStatement(
-        (
-            "Single records are not protected by this run. They stay at their site, but adapter updates "
-            "and metrics leave it without noise, and updates can reveal records to whoever sees them.",
-            *_simulation(simulated),
-        ),
+        (said, *_simulation(simulated)),
         unprotected=(
-            "The records behind an update: whoever sees it, the coordinator first, may read parts of them.",
+            *opened,
             "The records behind the finished adapter: whoever gets it may find out that one took part.",
             "Losses and metrics of each round, and how many records were scored.",
             *_ALWAYS_OPEN,
@@ -154,22 +184,23 @@ def _records(
     sampler = f"Poisson, {expected} units a step expected"
     if privacy.batch_cap:
         sampler += "; batches above a bound that a draw passes with probability delta/1000 are cut to it"
-    heldout = "nothing measured on private records: losses and metrics are withheld"
-    if config.data.heldout_public:
-        heldout = "metrics on held-out records, which the recipe declares public"
-    elif config.evaluation.noise_multiplier:
-        heldout = (
+    shown = (
+        ["metrics on held-out records, which the recipe declares public"]
+        if config.data.heldout_public
+        else []
+    )
+    if config.evaluation.noise_multiplier:
+        shown.append(
             f"the accuracy on private held-out records, from counts with Gaussian noise (multiplier "
             f"{config.evaluation.noise_multiplier:g}); those records do not train"
         )
         if spent is not None:
-            heldout += f", and spend an epsilon of their own, {spent:.2f} at delta {privacy.delta:g}"
+            shown[-1] += f", and spend an epsilon of their own, {spent:.2f} at delta {privacy.delta:g}"
+    heldout = "; at other sites ".join(shown) or (
+        "nothing measured on private records: losses and metrics are withheld"
+    )
     return PrivacyStatement(
-        (
-            "Each site clips and noises its gradients before an update leaves it. The guarantee holds "
-            "towards the server, the other sites and everyone who gets the adapter.",
-            *_simulation(simulated),
-        ),
+        (_KEPT[config.federation.mode], *_simulation(simulated)),
         facts=(
             ("Unit of privacy", unit),
             ("Adjacency", RELATION_WORDS[privacy.relation]),

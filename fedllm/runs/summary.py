@@ -60,7 +60,7 @@ def summarise(config: Config, events: Sequence[Event], sites: Sequence[SiteSumma
     """
     return [
         Answer("What was trained, and by whom?", _trained(config, events)),
-        Answer("Did it help?", _helped(config, sites)),
+        Answer("Did it help?", _helped(config, events, sites)),
         Answer("What left the sites?", _left(config, events)),
         Answer("What privacy was promised?", _promised(config, events, sites)),
         Answer("What is not protected?", _open(config)),
@@ -70,11 +70,11 @@ def summarise(config: Config, events: Sequence[Event], sites: Sequence[SiteSumma
 def _trained(config: Config, events: Sequence[Event]) -> tuple[str, ...]:
     started, joined = last(events, "run_started"), last(events, "site_joined")
     kind = "simulated site" if joined is not None and joined["simulated"] else "site"
+    # real sites have files of their own, whatever the recipe names
+    source = "file" if joined is not None and not joined["simulated"] else config.data.source
     by = count(started["sites"] if started else config.federation.sites, kind)
     rounds = count(started["rounds"] if started else config.federation.rounds, "round")
-    records = {"hub": config.data.name, "file": "records from files"}.get(
-        config.data.source, f"{config.data.source} records"
-    )
+    records = {"hub": config.data.name, "file": "records from files"}.get(source, f"{source} records")
     if config.federation.mode == "base":
         measured = f"the untuned language model {config.model.called} was measured on held-out {records}"
         return (f"Nothing: {measured} of {by}. This is a baseline.", *_outcome(events))
@@ -111,7 +111,7 @@ def _outcome(events: Sequence[Event]) -> tuple[str, ...]:
             return ("The run has not started.",)
 
 
-def _helped(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
+def _helped(config: Config, events: Sequence[Event], sites: Sequence[SiteSummary]) -> tuple[str, ...]:
     if metrics_withheld(config):
         return (
             "This page cannot say: held-out records are private, and their results stay at the sites. "
@@ -127,6 +127,8 @@ def _helped(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
         untuned = f"{base_name(config)} {metric.text(base)}{constant}{direction}"
         return (f"Nothing was trained. Mean {metric.title} on held-out records: {untuned}.",)
     if final is None or base is None or (untrained and majority is None):
+        if sites and status_of(events) == "finished":
+            return ("This page cannot say: no held-out records were scored.",)
         return ("Not measured yet: base and finished adapter are compared at the end of a run.",)
     against = {}
     if not untrained:

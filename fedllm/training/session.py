@@ -92,6 +92,8 @@ class SiteTokens:
     units : tuple[tuple[int, ...], ...]
         The privacy units: positions in ``train`` of the records each owns; none where a private site
         cannot use them.
+    own_labels : tuple[str, ...]
+        Labels of the records that the site itself has to train on, also where it trains on all sites'.
     label_tokens : tuple
         Tokens of every label or letter, each with the token that ends an answer; empty for free text.
     """
@@ -100,7 +102,7 @@ class SiteTokens:
     train: tuple[Encoded, ...]
     units: tuple[tuple[int, ...], ...]
     heldout: tuple[Encoded, ...]
-    train_labels: tuple[str, ...]
+    own_labels: tuple[str, ...]
     heldout_labels: tuple[str, ...]
     labels: tuple[str, ...]
     label_tokens: tuple[tuple[int, ...], ...]
@@ -214,7 +216,7 @@ def tokenise(site: SiteData, config: Config) -> SiteTokens:
         train=tuple(train.values()),
         units=tuple(tuple(places[one] for one in unit if one in places) for unit in site.units),
         heldout=tuple(heldout.values()),
-        train_labels=tuple(site.train[position].label for position in train),
+        own_labels=site.own_labels or tuple(site.train[position].label for position in train),
         heldout_labels=tuple(site.heldout[position].label for position in heldout),
         labels=site.labels,
         label_tokens=label_tokens,

@@ -151,3 +151,19 @@ def test_models_ls_and_an_unknown_pull() -> None:
 def test_help_explains_arguments() -> None:
     shown = CliRunner().invoke(app, ["run", "--help"], env={"COLUMNS": "120"})
     assert "Settings to change, as key=value" in shown.output
+
+
+def test_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "\n".join(f"record {i},[{'ab'[i % 2]}]" for i in range(60)) + "\n")
+    shown = fedllm("data", "check", str(rows), cwd=tmp_path)
+    assert "[a]" in shown.stdout
+    words = [
+        "data.source=file",
+        "data.partition=iid",
+        f"data.path={rows}",
+        "data.prompt=[INST] {text} [/INST]",
+    ]
+    checked = fedllm("check", "demo/smoke", *words, cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    assert "[INST] {text} [/INST]" in checked.stdout

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from fedllm.cli.app import app
 from fedllm.cli.comparison import read_comparison
-from fedllm.cli.jobs import core_shares, plan
+from fedllm.cli.jobs import Job, core_shares, plan
 from fedllm.config import Config, parse_overrides, read_toml
 from fedllm.data.sources import load_records
 from fedllm.errors import ConfigError
+from fedllm.federation.inprocess import run
 from fedllm.resources import find_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -324,3 +325,20 @@ def test_every_cell_runs_in_every_group_with_its_settings(tmp_path: Path) -> Non
     words = jobs[1].command("missing")
     given = parse_overrides(word for word in words[2:] if "=" in word)
     assert Config.from_flat(read_toml(tmp_path / "own.toml") | given) == config
+
+
+def test_a_finished_cell_whose_records_changed_is_run_anew(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "\n".join(f"record {i},{'ab'[i % 2]}" for i in range(60)) + "\n")
+    values = {**read_toml(find_recipe("demo/smoke")), "data.source": "file", "data.partition": "iid"}
+    config = Config.from_flat(values | {"data.path": str(rows), "run.dir": str(tmp_path / "run")})
+    job = Job(
+        group="all", cell="A", seed=1, recipe=tmp_path, folder=tmp_path / "run", changes={}, config=config
+    )
+    run(config)
+    assert job.state() == "finished"
+    # written again as it was, and then with another label
+    rows.write_text(rows.read_text())
+    assert job.state() == "finished"
+    rows.write_text(rows.read_text().replace("record 5,b", "record 5,a"))
+    assert job.state() == "changed"

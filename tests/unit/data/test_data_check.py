@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fedllm.data.check import REFUSED, check_file
 from fedllm.errors import DataError
-from fedllm.settings import DataSettings
+from fedllm.models.load import load_tokenizer
+from fedllm.settings import DataSettings, ModelSettings
 
 ROWS = [
     ("short", "x", "north", "p1"),
@@ -92,3 +93,12 @@ def test_pairs_of_answers_are_counted_and_not_shown(
 def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         check_file(tmp_path / "none.csv", DataSettings(source="file"))
+
+
+def test_an_encoders_tokenizer_needs_no_token_that_ends_an_answer(tmp_path: Path) -> None:
+    made = tmp_path / "rows.csv"
+    made.write_text("text,label\n" + "word " * 50 + ",a\nshort,b\n")
+    tokenizer = load_tokenizer(ModelSettings(name="tiny-bert", kind="encoder"))
+    tokenizer.eos_token = None
+    data = DataSettings(source="file", labels="a | b")
+    assert check_file(made, data, tokenizer, 16, encodes=True).truncated == 0.5

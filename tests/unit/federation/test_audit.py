@@ -14,12 +14,14 @@ from torch import Tensor
 
 from fedllm.config import Config
 from fedllm.data.encode import collate
+from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, PrivacyError
 from fedllm.federation import audit, canary_run, client, inversion, membership
 from fedllm.federation.audit import Subject, static_checks, subject
 from fedllm.privacy import plan as plan_module
 from fedllm.privacy.audit import Check
 from fedllm.privacy.entropy import SecureGenerator
+from fedllm.runs.folder import load_config
 from fedllm.training import steps
 from fedllm.training.canaries import audit_mechanism
 
@@ -241,12 +243,25 @@ def test_tokens_are_read_from_a_small_record_and_not_from_its_private_gradient()
 def test_membership_is_measured_on_a_finished_run(federate: Any) -> None:
     folder = federate(train__local_steps=6, train__lr=5e-2, data__heldout=0.4)
     found = membership.attack_membership(folder.path, records=60)
-    assert found.members == 3 * 60
+    # two rounds of 6 steps of 4 records at each of three sites
+    assert found.members == 3 * 48
     assert 0.3 < found.area < 1.0
     assert found.interval[0] <= found.area <= found.interval[1]
     assert found.check.passed is None
     text = found.check.detail
-    assert "180 records that trained" in text
+    assert "144 records that trained against" in text
+
+
+def test_membership_of_a_private_run_says_how_many_were_drawn(federate: Any) -> None:
+    private = {"privacy__enabled": True, "privacy__noise_multiplier": 0.6, "privacy__delta": 1e-4}
+    folder = federate(**private, federation__sites=2, train__batch_size=40, data__heldout=0.4)
+    found = membership.attack_membership(folder.path, records=20)
+    assert found.members == 40
+    units = [len(site.units) for site in simulated_sites(load_config(folder).data, sites=2, seed=42)]
+    assert found.drawn == pytest.approx(sum(1 - (1 - 40 / n) ** 4 for n in units) / 2)
+    assert (
+        f"40 training records (some {found.drawn:.0%} of them drawn in a step) against" in found.check.detail
+    )
 
 
 def test_a_real_sites_recipe_may_name_columns_and_counts_that_are_not_its_own(tmp_path: Path) -> None:

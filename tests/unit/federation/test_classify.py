@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,8 +11,22 @@ from typer.testing import CliRunner
 from fedllm.cli.app import app
 from fedllm.errors import ConfigError
 from fedllm.federation.classify import classify
+from fedllm.federation.generate import answer
+from fedllm.federation.membership import attack_membership
 
 ENCODER = {"model__kind": "encoder", "model__name": "tiny-bert", "model__pooling": "mean"}
+
+
+def test_a_run_of_real_sites_is_asked_by_its_labels_and_not_by_what_the_recipe_names(federate: Any) -> None:
+    folder = federate(federation__rounds=1, train__local_steps=1)
+    manifest = json.loads(folder.manifest_file.read_text())
+    folder.manifest_file.write_text(json.dumps(manifest | {"simulated": False}))
+    with pytest.raises(ConfigError, match="its labels are known to the sites alone"):
+        classify(folder.path, "A text.")
+    with pytest.raises(ConfigError, match="its sites were real"):
+        attack_membership(folder.path)
+    with pytest.raises(ConfigError, match="has one text, data.pair is empty; leave out --pair"):
+        answer(folder.path, "A text.", pair="another", max_new_tokens=2)
 
 
 @pytest.mark.parametrize("model", [{}, ENCODER])

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fedllm.config import Config
+from fedllm.errors import ConfigError
 from fedllm.federation.catalogue import catalogue, markdown, write_docs
 from fedllm.federation.estimate import break_even, estimate, estimate_bytes
+from fedllm.federation.plan import check_recipe
 
 ROOT = Path(__file__).parents[3]
 MODELS: dict[str, dict[str, Any]] = {
@@ -93,6 +95,17 @@ def test_break_even_of_a_shipped_basis_and_of_a_seeded_one(tmp_path: Path) -> No
     assert "This recipe moves fewer bytes from the first round on" in break_even(seeded, theirs)
     assert shipped.one_off - seeded.one_off > 2_000_000_000
     assert "same number" in break_even(theirs, theirs)
+
+
+def test_prompts_beyond_a_models_window_are_not_scored(tmp_path: Path) -> None:
+    folder = tmp_path / "window"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODELS["mistral-7b"] | {"sliding_window": 64}))
+    values = {"model.path": str(folder), "data.source": "file", "train.max_length": 65}
+    with pytest.raises(ConfigError, match=r"train.max_length=65: .* set it to 64 at most"):
+        check_recipe(Config.from_flat(values))
+    check_recipe(Config.from_flat(values | {"train.max_length": 64}))
+    check_recipe(Config.from_flat(values | {"data.task": "generate"}))
 
 
 def test_layers_computed_again_need_less_memory(tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_a_real_site_counts_its_own_private_file_and_only_for_records(tmp_path: 
         load_policy(policy)
 
 
+def test_labels_of_private_held_out_records_count_in_an_open_run(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("text,label\none,a\ntwo,b\nthree,a\n")
+    (tmp_path / "apart.csv").write_text("text,label\nfour,c\nfive,a\n")
+    policy = tmp_path / "site.toml"
+    policy.write_text(
+        'site = "north"\ndata_path = "own.csv"\nrequire_privacy = false\nprivate_heldout_path = "apart.csv"\n'
+    )
+    site = real_site(policy, Config.from_flat({"data.source": "file", "data.partition": "iid"}))
+    assert site.data().labels == ("a", "b", "c")
+
+
 def test_where_no_label_is_there_to_be_scored_nothing_is_booked(caplog: pytest.LogCaptureFixture) -> None:
     site, session, tokens = held_out_of(3)
     state = session.method.initial_state(session.spec, seed="0")

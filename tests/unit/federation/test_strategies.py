@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,12 @@ def test_modes_are_baselines_of_the_same_recipe(federate: Any, events: Any) -> N
     central = federate(dir="central", federation__mode="central", **options("fedit"))
     assert [e["accepted"] for e in events(central, "round_finished")] == [1, 1]
     assert len([e for e in events(central, "evaluated") if e["stage"] == "final"]) == 3
+    # what a site's commonest label comes to does not depend on how the model was trained
+    majorities = [
+        [(e["site"], e["majority_accuracy"]) for e in events(folder, "evaluated")]
+        for folder in (alone, central)
+    ]
+    assert majorities[0] == majorities[1]
     # a federation of one site is training on its own records
     one = {"federation__sites": 1, "adapter__method": "lora"}
     left = federate(dir="one", strategy__name="fedit", **one)
@@ -349,3 +356,32 @@ def test_the_merged_model_needs_no_peft_and_says_the_same(method: str, federate:
         export_gguf(folder.path, file.parent)
     with pytest.raises(ConfigError, match="'q3' is not one of f32, f16, q8_0"):
         export_gguf(folder.path, tmp_path / "other", quantization="q3")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_where_sites_train_alone_there_is_no_adapter_of_all(
+    method: str, federate: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"text": f"text {i}", "label": "ab"[i % 2], "ward": ("St. Anna", "Zürich")[i % 3 == 0]}
+        for i in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    folder = federate(
+        federation__mode="local",
+        federation__sites=2,
+        adapter__method=method,
+        strategy__name="average",
+        data__source="file",
+        data__path=str(tmp_path / "rows.jsonl"),
+        data__site="ward",
+        data__partition="column",
+    )
+    with pytest.raises(RunError, match="every site has an adapter of its own; name one with --site"):
+        export_adapter(folder.path, tmp_path / "none")
+    # a name with a dot or an umlaut has one folder, written and read
+    for number, site in enumerate(("St. Anna", "Zürich")):
+        assert (folder.site_dir(site) / "policy.toml").is_file()
+        if method == "lora":
+            assert export_adapter(folder.path, tmp_path / str(number), site=site).is_dir()
+    assert len(list((folder.path / "sites").iterdir())) == 2

@@ -239,3 +239,18 @@ def test_three_groups_get_a_panel_each(finished: Finished) -> None:
     runs = [finished("A", 1, 0.5, group=group) for group in ("x", "y", "z")]
     figure = draw(make_rows(runs, baselines=("base",)), title="t", metric="accuracy")
     assert [panel.get_title(loc="left") for panel in figure.axes] == ["x", "y", "z"]
+
+
+def test_privacy_of_whole_sites_is_privacy_too(make_run: MakeRun, finished: Finished) -> None:
+    plain = finished()
+    hidden = replace(finished("B"), sites_epsilon=3.0)
+    rows = make_rows([plain, hidden], baselines=[])
+    assert [row_cells(row, "accuracy")[columns("accuracy").index("epsilon")] for row in rows] == [
+        "none",
+        "3.00 (whole sites)",
+    ]
+    assert [row.is_private for row in rows] == [False, True]
+    folder = make_run("C")
+    spent = {"noise_multiplier": 1.0, "clipping_norm": 1.0, "epsilon": 2.5}
+    append_event(folder, "site_noise", round=1, **spent)
+    assert read_outcome(folder, group="all", method="C", seed=1, metric="accuracy").sites_epsilon == 2.5

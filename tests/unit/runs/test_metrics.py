@@ -128,3 +128,21 @@ def test_what_a_task_does_not_measure_is_not_said_to_be_withheld(make_run, reply
     row = rows(folder)[0]
     assert {row[name] for name in ("loss", "accuracy", "macro_f1", "brier", "ece")} == {"withheld"}
     assert {row[name] for name in ("perplexity", "exact_match", "token_f1", "rouge_l", "unended")} == {""}
+
+
+def test_noised_counts_of_one_site_stay_told_beside_clear_metrics_of_another(make_run) -> None:
+    folder = make_run(privacy__enabled=True, privacy__epsilon=8.0, evaluation__noise_multiplier=4.0)
+    for site, spent in (("a", None), ("b", 0.93)):
+        for stage in ("base", "final"):
+            fields = {
+                "loss": None,
+                "accuracy": 0.5,
+                "macro_f1": None,
+                "records": 40,
+                "heldout_epsilon": spent,
+            }
+            majority = {"majority_accuracy": None, "majority_macro_f1": None}
+            append_event(folder, "evaluated", stage=stage, site=site, **fields, **majority)
+    page = " ".join(write_report(folder).read_text().split())
+    assert "declares public; at other sites the accuracy on private held-out records, from counts" in page
+    assert "0.93 at delta 1e-05" in page

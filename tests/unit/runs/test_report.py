@@ -220,7 +220,11 @@ def test_a_policy_in_the_run_folder_stands_beside_what_was_spent(make_run, reply
     ("settings", "expected"),
     [
         ({"federation__mode": "central"}, "This baseline needs all records in one place."),
+        ({"federation__mode": "central"}, "those of all sites are pooled for this baseline"),
+        ({"federation__mode": "central", **PRIVATE}, "nothing is hidden from where they are"),
         ({"federation__mode": "local"}, "each alone: this is a baseline"),
+        ({"federation__mode": "local"}, "no update leaves it; metrics do"),
+        ({"federation__mode": "local", **PRIVATE}, "Each site trains alone, and clips and noises"),
         ({"data__unit": "patient", **PRIVATE}, "each patient (all records of one 'patient' at a site)"),
         ({"site_privacy__enabled": True, "site_privacy__epsilon": 3.0}, "Whole sites are protected"),
     ],
@@ -567,3 +571,21 @@ def test_single_round_with_one_site_and_no_bytes(make_run, reply) -> None:
     reply(folder, 1, "a", accepted=False, reason="", bytes_up=0, bytes_down=0, loss=None, accuracy=None)
     assert "Not measured round by round (loss and accuracy)." in page(folder).text
     assert folder.report_file.read_text().count("<figure") == 1
+
+
+def test_where_no_record_was_held_out_the_page_says_so(make_run, reply) -> None:
+    folder = make_run(data__heldout=0.0)
+    fill(folder, reply, hidden=True)
+    text = page(folder).text
+    assert "no held-out records were scored" in text
+    assert "are private" not in text
+
+
+def test_records_of_real_sites_are_their_own_whatever_the_recipe_names(make_run) -> None:
+    folder = make_run(data__source="icd10")
+    started = {"run_id": "r", "sites": 1, "rounds": 1, "config": {}, "versions": {}}
+    append_event(folder, "run_started", **started)
+    append_event(folder, "site_joined", site="north", node=1, simulated=False)
+    text = page(folder).text
+    assert "on records from files" in text
+    assert "icd10 records" not in text

@@ -510,7 +510,7 @@ def test_records_that_cannot_be_used_stay_units_and_contribute_nothing(
     assert "secret" not in str(told.value)
     tokens = tokenise(replace(site, lenient=True), config)
     assert tokens.units == ((0,), (), ())
-    assert (len(tokens.train), tokens.train_labels, tokens.heldout) == (1, (short.label,), ())
+    assert (len(tokens.train), tokens.own_labels, tokens.heldout) == (1, (short.label,), ())
     assert "1 of 3 records do not train" in caplog.text
     assert "secret" not in caplog.text
 
