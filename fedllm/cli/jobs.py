@@ -138,7 +138,7 @@ def _same_records(run: RunFolder, config: Config) -> bool:
         simulated_site(config.data, sites=sites, seed=config.run.seed, index=index, pooled=pooled)
         for index in range(sites)
     )
-    return {site.name: site.fingerprint for site in found} == manifest["data"]
+    return bool({site.name: site.fingerprint for site in found} == manifest["data"])
 
 
 def plan(comparison: Comparison, file: Path, folder: Path) -> list[Job]:

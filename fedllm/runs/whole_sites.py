@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedllm.config import Config
-from fedllm.runs.events import Event
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -30,7 +30,7 @@ class WholeSites:
     coordinator: float | None
 
 
-def whole_sites_spent(events: Sequence[Event]) -> WholeSites | None:
+def whole_sites_spent(events: Sequence[Mapping[str, Any]]) -> WholeSites | None:
     """Return what a run has spent on whole sites so far; None where it has spent nothing."""
     event = next((event for event in reversed(events) if event["event"] == "site_noise"), None)
     if event is None:
