@@ -116,11 +116,12 @@ def require_compatible(config: Config) -> None:
         raise ConfigError(
             f"strategy.server_lr: strategy.server_optimizer={strategy.server_optimizer} has no learning rate."
         )
-    if "topk" in config.wire.codec and not (about.mean or strategy.name == "fedit"):
-        raise ConfigError(
-            f"wire.codec={config.wire.codec}: strategy.name={strategy.name} multiplies what the sites send, "
-            "and factors with holes are no approximation of a product; use int8 or bfloat16."
-        )
+    for key, codec in (("codec", config.wire.codec), ("codec_down", config.wire.codec_down)):
+        if "topk" in codec and not (about.mean or strategy.name == "fedit"):
+            raise ConfigError(
+                f"wire.{key}={codec}: strategy.name={strategy.name} multiplies the matrices that travel, "
+                "and factors with holes are no approximation of a product; use int8 or bfloat16."
+            )
     if config.train.fedhyper != "none" and not (about.mean or strategy.name == "fedit"):
         raise ConfigError(
             f"train.fedhyper: strategy.name={strategy.name} gives sites coordinates of another meaning every "

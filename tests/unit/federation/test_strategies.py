@@ -31,6 +31,7 @@ from strategies import STRATEGIES as CLASSES
 
 RANK = 3
 PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
+DOWN = ("int4", "topk:0.25")
 ADAPTER_OF = {"ffa": "ffa", "fed-sb": "fed-sb", "ravan": "ravan", "average": "hydra"}
 
 
@@ -200,6 +201,17 @@ def test_sparse_downloads_follow_flasc(federate: Any, events: Any) -> None:
     assert down[0] < 0.8 * down[1]
 
 
+@pytest.mark.parametrize("name", ["fedit", "rolora"])
+def test_what_a_download_leaves_out_is_not_lost_to_the_federation(name: str, federate: Any) -> None:
+    # a learning rate of next to nothing: what differs is what the codec did
+    still = {"train__lr": 1e-9, "federation__rounds": 3, **options(name)}
+    plain = federate(dir="plain", **still)
+    states = [load_state(federate(dir=down, wire__codec_down=down, **still).adapter_dir)[0] for down in DOWN]
+    kept = load_state(plain.adapter_dir)[0]
+    for state in states:
+        assert all(np.allclose(state.tensors[key], kept.tensors[key], atol=1e-6) for key in kept.tensors)
+
+
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
 def test_server_optimisers_run_and_resume_with_their_moments(
     optimizer: str, federate: Any, resume: Any
@@ -308,6 +320,14 @@ def test_estimates_are_within_a_tenth_of_what_is_sent(name: str, federate: Any, 
         (
             {"adapter.method": "lora", "strategy.name": "flora", "wire.codec": "topk:0.1"},
             "factors with holes",
+        ),
+        (
+            {"adapter.method": "lora", "strategy.name": "flexlora", "wire.codec_down": "topk:0.1"},
+            "wire.codec_down=topk:0.1: strategy.name=flexlora multiplies the matrices that travel",
+        ),
+        (
+            {"adapter.method": "lora", "strategy.name": "fedask", "wire.codec_down": "int8"},
+            "wire.codec_down=int8: strategy.name=fedask sends sketches",
         ),
         ({"adapter.method": "lora", "strategy.name": "flora", "train.fedhyper": "cosine"}, "train.fedhyper"),
         (
