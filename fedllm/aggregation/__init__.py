@@ -84,6 +84,14 @@ def make_optimizer(config: Config) -> ServerOptimizer | None:
     return OPTIMIZERS[name](**options)
 
 
+def keeps_coordinates(config: Config) -> bool:
+    """Return whether an entry of a matrix means the same from site to site and from round to round.
+
+    Then sparse updates, error feedback and the federation's last change are well-defined.
+    """
+    return RULES[config.strategy.name].about.mean or config.strategy.name == "fedit"
+
+
 def require_compatible(config: Config) -> None:
     """Refuse combinations of adapter, rule, server optimiser and codec that cannot hold.
 
@@ -117,12 +125,12 @@ def require_compatible(config: Config) -> None:
             f"strategy.server_lr: strategy.server_optimizer={strategy.server_optimizer} has no learning rate."
         )
     for key, codec in (("codec", config.wire.codec), ("codec_down", config.wire.codec_down)):
-        if "topk" in codec and not (about.mean or strategy.name == "fedit"):
+        if "topk" in codec and not keeps_coordinates(config):
             raise ConfigError(
                 f"wire.{key}={codec}: strategy.name={strategy.name} multiplies the matrices that travel, "
                 "and factors with holes are no approximation of a product; use int8 or bfloat16."
             )
-    if config.train.fedhyper != "none" and not (about.mean or strategy.name == "fedit"):
+    if config.train.fedhyper != "none" and not keeps_coordinates(config):
         raise ConfigError(
             f"train.fedhyper: strategy.name={strategy.name} gives sites coordinates of another meaning every "
             "round, so the federation's last change says nothing about the next."
@@ -151,6 +159,7 @@ __all__ = [
     "Rule",
     "ServerOptimizer",
     "Update",
+    "keeps_coordinates",
     "make_optimizer",
     "make_rule",
     "register",

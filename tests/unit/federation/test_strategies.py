@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
+from fedllm.adapters.state import AdapterState
 from fedllm.aggregation import RULES
 from fedllm.aggregation.lowrank import LowRank, svd
 from fedllm.config import Config
 from fedllm.errors import ConfigError, RunError
+from fedllm.federation import local
 from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter, export_gguf, export_merged
 from fedllm.federation.plan import check_recipe
@@ -191,6 +193,35 @@ def test_codecs_shrink_updates_and_stay_close(codec: str, federate: Any, events:
     gap = np.sqrt(sum(float(((left.tensors[k] - right.tensors[k]) ** 2).sum()) for k in left.tensors))
     assert gap < {"bfloat16": 0.01, "int8": 0.02, "int4": 0.2}.get(codec, 1.0) * size
     assert (short.site_dir("site-0") / "memory").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("rolora", {"feedback-A": [2, 4], "feedback-B": [1, 3]}),
+        ("fedit", {"feedback-A+B": [1, 2, 3, 4]}),
+        ("flexlora", {}),
+    ],
+)
+def test_what_a_codec_leaves_out_is_remembered_by_what_was_sent(
+    name: str, held: dict[str, list[int]], federate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[bool] = []
+    original = local.encode_with_feedback
+
+    def watched(delta: AdapterState, memory: AdapterState | None, *, codec: str) -> Any:
+        used.append(memory is not None)
+        return original(delta, memory, codec=codec)
+
+    monkeypatch.setattr(local, "encode_with_feedback", watched)
+    folder = federate(federation__rounds=4, wire__codec="int4", **options(name))
+    found: dict[str, list[int]] = {}
+    for path in sorted((folder.site_dir("site-0") / "memory").glob("*/*.safetensors")):
+        kind, _, round = path.stem.rpartition("-")
+        found.setdefault(kind, []).append(int(round))
+    assert found == held
+    # only the first message of each kind starts without a memory
+    assert used.count(False) == 3 * len(held)
 
 
 def test_sparse_downloads_follow_flasc(federate: Any, events: Any) -> None:
