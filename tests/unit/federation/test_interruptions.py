@@ -168,7 +168,7 @@ def test_no_site_speaks_for_anothers_ledger(federate: Any) -> None:
 
 
 class PickyGrid(InProcessGrid):
-    """Pulling raises on one certain reply, as Flower's does on a bad one; all that were asked for are gone."""
+    """Pulling raises on one certain reply, as Flower's does on a bad one; all asked for are gone."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         pulled = list(super().pull_messages(message_ids))
