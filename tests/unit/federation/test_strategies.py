@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from fedllm.adapters.state import AdapterState
 from fedllm.aggregation import RULES
 from fedllm.aggregation.lowrank import LowRank, svd
 from fedllm.config import Config
-from fedllm.errors import ConfigError, RunError
+from fedllm.errors import ConfigError, MismatchError, RunError, WireError
 from fedllm.federation import local
+from fedllm.federation.blobs import BlobStore, digest
 from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter, export_gguf, export_merged
 from fedllm.federation.plan import check_recipe
@@ -130,7 +132,7 @@ def test_a_site_that_lost_what_it_kept_is_sent_it_again(federate: Any, events: A
     def lose(message: Message, reply: Message) -> Message:
         notes, _ = unpack(reply.content)
         if message.metadata.group_id == "1" and notes["site"] == "site-1":
-            for path in (tmp_path / "run" / "sites" / "site-1" / "kept").iterdir():
+            for path in (tmp_path / "run" / "sites" / "site-1" / "kept").glob("*/*"):
                 path.unlink()
         return reply
 
@@ -138,6 +140,25 @@ def test_a_site_that_lost_what_it_kept_is_sent_it_again(federate: Any, events: A
     bad = [e for e in events(folder, "site_reply") if not e["accepted"]]
     assert [(e["site"], e["round"]) for e in bad] == [("site-1", 2)]
     assert "missing here; send it again" in bad[0]["reason"]
+
+
+def test_runs_at_one_site_keep_their_payloads_apart(tmp_path: Path) -> None:
+    one, other = digest(b"one"), digest(b"other")
+    for run, name, payload in (("0a", one, b"one"), ("0b", other, b"other")):
+        assert BlobStore(tmp_path, run).take([name], {name: payload}) == {name: payload}
+    assert BlobStore(tmp_path, "0a").take([one], {}) == {one: b"one"}
+    assert BlobStore(tmp_path, "0b").take([other], {}) == {other: b"other"}
+    for age, run in enumerate(("0a", "0b")):
+        os.utime(tmp_path / run, (age, age))
+    # a run that still uses what it keeps outlives those that are over
+    BlobStore(tmp_path, "0a").take([one], {})
+    for run in ("1a", "1b", "1c"):
+        BlobStore(tmp_path, run).take([one], {one: b"one"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0a", "1a", "1b", "1c"]
+    with pytest.raises(MismatchError, match="missing here; send it again"):
+        BlobStore(tmp_path, "0b").take([other], {})
+    with pytest.raises(WireError, match="run's id"):
+        BlobStore(tmp_path / "kept", "../0a")
 
 
 def test_fedsa_keeps_b_at_its_site_and_exports_one_adapter_a_site(federate: Any, events: Any) -> None:
