@@ -66,8 +66,13 @@ def register(rule: type[Rule]) -> None:
 
 
 def make_rule(config: Config) -> Rule:
-    """Return the rule of a recipe; the baseline without a federation shares nothing."""
-    rule = Local if config.federation.mode == "local" else RULES[config.strategy.name]
+    """Return the rule of a recipe; of the baselines, ``local`` shares nothing, and ``central`` everything."""
+    rule = RULES[config.strategy.name]
+    if config.federation.mode == "local":
+        rule = Local
+    elif config.federation.mode == "central" and rule.about.personal:
+        # one site trains for all: what it kept to itself the others would never get
+        rule = Average
     return rule(config.strategy, private=config.privacy.enabled)
 
 

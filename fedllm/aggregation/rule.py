@@ -45,6 +45,8 @@ class Declaration:
     mean : bool
         Whether it is the plain mean of coordinates that mean the same at every site: then server
         optimisers and sparse updates are well-defined.
+    personal : bool
+        Whether sites keep some matrices to themselves; then there is no single global model.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Declaration:
     gauge_free: bool
     unequal_ranks: bool
     mean: bool
+    personal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -269,3 +269,4 @@ def test_no_update_is_an_error_and_names_are_those_of_the_method(name: str) -> N
         make_rule(name).combine(current, [], round=1)
     plan = make_rule(name).plan(current.spec, 1)
     assert set(plan.train) | set(plan.send) | set(plan.personal) <= set(trained_names(current.spec))
+    assert bool(plan.personal) == RULES[name].about.personal

@@ -200,6 +200,23 @@ def test_modes_are_baselines_of_the_same_recipe(federate: Any, events: Any) -> N
         assert np.allclose(found.up @ found.down, other.up @ other.down, atol=1e-6)
 
 
+def test_pooled_records_train_one_adapter_for_all_sites_even_where_matrices_are_personal(
+    federate: Any, events: Any
+) -> None:
+    settings = {"federation__mode": "central", "adapter__method": "lora"}
+    pooled = federate(dir="fedsa", strategy__name="fedsa", **settings)
+    plain = federate(dir="average", strategy__name="average", **settings)
+    left, right = (load_state(folder.adapter_dir)[0] for folder in (pooled, plain))
+    assert all(np.array_equal(left.tensors[key], right.tensors[key]) for key in right.tensors)
+    assert all(value.any() for value in left.tensors.values())
+    scores = [
+        {e["site"]: e["loss"] for e in events(folder, "evaluated") if e["stage"] == "final"}
+        for folder in (pooled, plain)
+    ]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 3
+
+
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4", "topk:0.25", "topk:0.25+int8"])
 def test_codecs_shrink_updates_and_stay_close(codec: str, federate: Any, events: Any) -> None:
     plain = federate(dir="plain", adapter__rank=16, adapter__layers="")
