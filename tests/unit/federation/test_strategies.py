@@ -31,6 +31,7 @@ from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
 from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES
+from fedllm.wire import encode_with_feedback
 from strategies import STRATEGIES as CLASSES
 
 RANK = 3
@@ -245,11 +246,10 @@ def test_what_a_codec_leaves_out_is_remembered_by_what_was_sent(
     name: str, held: dict[str, list[int]], federate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[bool] = []
-    original = local.encode_with_feedback
 
     def watched(delta: AdapterState, memory: AdapterState | None, *, codec: str) -> Any:
         used.append(memory is not None)
-        return original(delta, memory, codec=codec)
+        return encode_with_feedback(delta, memory, codec=codec)
 
     monkeypatch.setattr(local, "encode_with_feedback", watched)
     folder = federate(federation__rounds=4, wire__codec="int4", **options(name))
