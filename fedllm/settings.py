@@ -348,7 +348,9 @@ class WireSettings:
         "float32", "what sites send: float32, float16, bfloat16, int8, int4, topk:SHARE or topk:SHARE+int8"
     )
     codec_down: str = setting("float32", "what sites get, in the same terms")
-    error_feedback: bool = setting(True, "a site adds to its next update what the codec left out of its last")
+    error_feedback: bool = setting(
+        True, "a site adds to its next update what the codec left out of its last (rules of means and fedit)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

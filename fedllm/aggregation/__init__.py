@@ -66,8 +66,13 @@ def register(rule: type[Rule]) -> None:
 
 
 def make_rule(config: Config) -> Rule:
-    """Return the rule of a recipe; the baseline without a federation shares nothing."""
-    rule = Local if config.federation.mode == "local" else RULES[config.strategy.name]
+    """Return the rule of a recipe; of the baselines, ``local`` shares nothing, and ``central`` everything."""
+    rule = RULES[config.strategy.name]
+    if config.federation.mode == "local":
+        rule = Local
+    elif config.federation.mode == "central" and rule.about.personal:
+        # one site trains for all: what it kept to itself the others would never get
+        rule = Average
     return rule(config.strategy, private=config.privacy.enabled)
 
 
@@ -82,6 +87,14 @@ def make_optimizer(config: Config) -> ServerOptimizer | None:
     if name == "fedhyper":
         options = {"form": config.strategy.server_form}
     return OPTIMIZERS[name](**options)
+
+
+def keeps_coordinates(config: Config) -> bool:
+    """Return whether an entry of a matrix means the same from site to site and from round to round.
+
+    Then sparse updates, error feedback and the federation's last change are well-defined.
+    """
+    return RULES[config.strategy.name].about.mean or config.strategy.name == "fedit"
 
 
 def require_compatible(config: Config) -> None:
@@ -116,12 +129,13 @@ def require_compatible(config: Config) -> None:
         raise ConfigError(
             f"strategy.server_lr: strategy.server_optimizer={strategy.server_optimizer} has no learning rate."
         )
-    if "topk" in config.wire.codec and not (about.mean or strategy.name == "fedit"):
-        raise ConfigError(
-            f"wire.codec={config.wire.codec}: strategy.name={strategy.name} multiplies what the sites send, "
-            "and factors with holes are no approximation of a product; use int8 or bfloat16."
-        )
-    if config.train.fedhyper != "none" and not (about.mean or strategy.name == "fedit"):
+    for key, codec in (("codec", config.wire.codec), ("codec_down", config.wire.codec_down)):
+        if "topk" in codec and not keeps_coordinates(config):
+            raise ConfigError(
+                f"wire.{key}={codec}: strategy.name={strategy.name} multiplies the matrices that travel, "
+                "and factors with holes are no approximation of a product; use int8 or bfloat16."
+            )
+    if config.train.fedhyper != "none" and not keeps_coordinates(config):
         raise ConfigError(
             f"train.fedhyper: strategy.name={strategy.name} gives sites coordinates of another meaning every "
             "round, so the federation's last change says nothing about the next."
@@ -150,6 +164,7 @@ __all__ = [
     "Rule",
     "ServerOptimizer",
     "Update",
+    "keeps_coordinates",
     "make_optimizer",
     "make_rule",
     "register",

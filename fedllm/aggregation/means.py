@@ -135,6 +135,7 @@ class FedSA(Average):
         gauge_free=False,
         unequal_ranks=False,
         mean=True,
+        personal=True,
     )
 
     @override
@@ -159,6 +160,7 @@ class Local(Rule):
         gauge_free=True,
         unequal_ranks=False,
         mean=False,
+        personal=True,
     )
 
     @override

@@ -47,7 +47,8 @@ class ProductRule(Rule):
         tensors: dict[str, Matrix] = {**current.tensors, **rest_mean(held)}
         for branch, terms in by_branch(held):
             # one branch at a time in float64
-            tensors |= factors(current.spec, {branch: self.merge(terms, weights, rank=current.spec.rank)})
+            merged = {branch: self.merge(terms, weights, rank=current.spec.rank)}
+            tensors |= factors(current.spec, merged, current=current)
         return Outcome(state=current.with_tensors(tensors))
 
 
@@ -377,9 +378,8 @@ class FedASK(Rule):
             basis, back = sums.pop(f"{module}.Q"), sums.pop(f"{module}.Z")
             found[module, "B", "A"] = rebuild(basis, back, rank=current.spec.rank)
         rest = {key: value.astype(np.float32) for key, value in sums.items()}
-        return Outcome(
-            state=current.with_tensors({**current.tensors, **factors(current.spec, found), **rest})
-        )
+        new = factors(current.spec, found, current=current)
+        return Outcome(state=current.with_tensors({**current.tensors, **new, **rest}))
 
 
 def by_branch(updates: Sequence[Update]) -> Iterable[tuple[Branch, list[LowRank]]]:

@@ -45,6 +45,8 @@ class Declaration:
     mean : bool
         Whether it is the plain mean of coordinates that mean the same at every site: then server
         optimisers and sparse updates are well-defined.
+    personal : bool
+        Whether sites keep some matrices to themselves; then there is no single global model.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Declaration:
     gauge_free: bool
     unequal_ranks: bool
     mean: bool
+    personal: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +198,24 @@ def products(state: AdapterState) -> Products:
     return {branch: product_of(state, branch) for branch in branches_of(state.spec)}
 
 
-def factors(spec: AdapterSpec, found: Products) -> dict[str, Matrix]:
-    """Return products as matrices of a spec: padded or cut to its rank, the scale taken out of B."""
+def factors(spec: AdapterSpec, found: Products, *, current: AdapterState | None = None) -> dict[str, Matrix]:
+    """Return products as matrices of a spec: padded or cut to its rank, the scale taken out of B.
+
+    Parameters
+    ----------
+    current : AdapterState, optional
+        Of the same spec. Where a product has nothing in a component, A keeps what it is there: with
+        both factors zero both gradients vanish, and the component would never train again.
+    """
     tensors: dict[str, Matrix] = {}
     for (module, up, down), term in found.items():
         padded = term.padded(spec.rank)
-        tensors[f"{module}.{up}"] = (padded.up[:, : spec.rank] / spec.scale).astype(np.float32)
-        tensors[f"{module}.{down}"] = padded.down[: spec.rank].astype(np.float32)
+        ups, downs = padded.up[:, : spec.rank], padded.down[: spec.rank]
+        if current is not None:
+            empty = ~(ups.any(axis=0) | downs.any(axis=1))
+            downs = np.where(empty[:, None], current.tensors[f"{module}.{down}"], downs)
+        tensors[f"{module}.{up}"] = (ups / spec.scale).astype(np.float32)
+        tensors[f"{module}.{down}"] = downs.astype(np.float32)
     return tensors
 
 

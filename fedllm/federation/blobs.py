@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from safetensors.numpy import load, save
 from fedllm.adapters.layers import Factors
 from fedllm.adapters.state import AdapterSpec
 from fedllm.errors import MismatchError, WireError
+from fedllm.federation.memory import run_folder
 from fedllm.federation.records import Parts
+
+_RUNS = 4
 
 
 def digest(payload: bytes) -> str:
@@ -22,16 +27,25 @@ def digest(payload: bytes) -> str:
 
 
 class BlobStore:
-    """A site's folder of payloads it was sent.
+    """The payloads one run has sent a site, one file each, named by its digest.
+
+    Runs at one site do not touch each other's payloads; those of the newest runs alone are kept.
 
     Parameters
     ----------
     folder : Path
-        One file a payload, named by its digest.
+        Of all runs.
+    run : str
+        The run's id, as the server sent it.
+
+    Raises
+    ------
+    WireError
+        If the id could name another folder.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, run: str) -> None:
+        self._folder = run_folder(folder, run)
 
     def take(self, names: Collection[str], parts: Parts) -> dict[str, bytes]:
         """Return the payloads with these names, sent now or kept from before; others are dropped.
@@ -50,7 +64,7 @@ class BlobStore:
                 if digest(parts[name]) != name:
                     raise WireError("a payload is not the one its hash names.")
                 found[name] = parts[name]
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._make_folder()
                 path.write_bytes(parts[name])
             elif len(name) == 32 and name.isalnum() and path.is_file():
                 found[name] = path.read_bytes()
@@ -62,10 +76,21 @@ class BlobStore:
             else:
                 raise MismatchError(f"a kept payload {name[:12]} is missing here; send it again.")
         if self._folder.is_dir():
+            # the runs that a site works on are those whose payloads were used last
+            os.utime(self._folder)
             for path in self._folder.iterdir():
                 if path.name not in found:
                     path.unlink()
         return found
+
+    def _make_folder(self) -> None:
+        """Make the run's folder; those of the runs that were used longest ago go."""
+        if self._folder.is_dir():
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        runs = [path for path in self._folder.parent.iterdir() if path.is_dir() and path != self._folder]
+        for path in sorted(runs, key=lambda path: path.stat().st_mtime)[: -_RUNS + 1]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def pack_factors(found: Factors) -> bytes:

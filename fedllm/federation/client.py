@@ -310,8 +310,8 @@ def _prepare(
     whole_spec = _run_spec(site, notes)
     spec = site_spec(whole_spec, site.rank, config.adapter)
     plan = make_rule(config).plan(spec, round)
-    memory = site.memory(text(notes, "run"))
-    store = BlobStore(site.folder / "kept")
+    run = text(notes, "run")
+    memory, store = site.memory(run), BlobStore(site.folder / "kept", run)
     start = receive(config, spec, plan, notes, parts, round=round, store=store, memory=memory)
     basis = _basis(site, whole_spec)
     if basis is None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import httpx
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -105,17 +106,16 @@ def exchange(
 def _pulled(grid: Grid, waiting: Sequence[str]) -> list[tuple[str, Message | None]]:
     """Return what has arrived: the message answered, and the reply or None where it cannot be read.
 
-    Flower unpacks what a site made up while it pulls, so that one bad reply would keep all others from
-    being read.
+    Flower deletes replies as it hands them out and then unpacks what sites made up, so that replies
+    pulled together would be lost with a bad one among them.
     """
-    try:
-        return [(message.metadata.reply_to_message_id, message) for message in grid.pull_messages(waiting)]
-    except Exception as error:
-        log.warning("pulling replies one by one after %s", type(error).__name__)
     found: list[tuple[str, Message | None]] = []
     for name in waiting:
         try:
             found += [(m.metadata.reply_to_message_id, m) for m in grid.pull_messages([name])]
+        except httpx.HTTPError as error:
+            # says nothing of the reply, which a later poll may find
+            log.warning("a poll failed, and is repeated until the deadline: %s", error)
         except Exception:
             log.exception("a reply cannot be read")
             found.append((name, None))

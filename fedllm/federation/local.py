@@ -11,7 +11,7 @@ from fedllm.adapters import METHODS
 from fedllm.adapters.layers import Factors
 from fedllm.adapters.method import HEAD
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix, matrix_name
-from fedllm.aggregation import RoundPlan, make_rule
+from fedllm.aggregation import RoundPlan, keeps_coordinates
 from fedllm.aggregation.alignment import align
 from fedllm.aggregation.rule import branches_of, factors, product_of, trained_names
 from fedllm.aggregation.spectral import back_project, omega, sketch
@@ -131,17 +131,27 @@ def finish(
     if not plan.send:
         return {}
     sent, codec = trained.only(plan.send), config.wire.codec
-    if is_lossless(codec):
+    if not sends_changes(config):
         return {ADAPTER: encode(sent, codec=codec)}
     delta = difference(sent, start.shared)
-    rule = make_rule(config)
-    if not (config.wire.error_feedback and rule.about.mean):
+    if is_lossless(codec) or not (config.wire.error_feedback and keeps_coordinates(config)):
         return {ADAPTER: encode(delta, codec=codec)}
-    held = memory.load("feedback", trained.spec, round=0, before=round)
+    # matrices that train in turn have memories of their own
+    name = f"feedback-{'+'.join(sorted(plan.send))}"
+    held = memory.load(name, trained.spec, round=0, before=round)
     before = None if held is None or held.layout != delta.layout else delta.with_tensors(held.tensors)
     payload, left = encode_with_feedback(delta, before, codec=codec)
-    memory.save("feedback", round, left)
+    memory.save(name, round, left)
     return {ADAPTER: payload}
+
+
+def sends_changes(config: Config) -> bool:
+    """Return whether sites send their changes in the place of the trained matrices.
+
+    What a codec loses on the way down must not come back as the federation's weights, and on the way up
+    it should be lost of the change alone.
+    """
+    return not (is_lossless(config.wire.codec) and is_lossless(config.wire.codec_down))
 
 
 def difference(state: AdapterState, start: AdapterState) -> AdapterState:

@@ -15,6 +15,26 @@ from fedllm.errors import WireError
 _KEEP = 4
 
 
+def run_folder(folder: Path, run: str) -> Path:
+    """Return the folder of one run.
+
+    Parameters
+    ----------
+    folder : Path
+        Of all runs.
+    run : str
+        The run's id, as the server sent it.
+
+    Raises
+    ------
+    WireError
+        If the id could name another folder.
+    """
+    if not re.fullmatch(r"[0-9a-f]{1,32}", run):
+        raise WireError("the run's id is not of the agreed form.")
+    return folder / run
+
+
 class SiteMemory:
     """Named adapter states of one run at one site, a file a round.
 
@@ -35,9 +55,7 @@ class SiteMemory:
     """
 
     def __init__(self, folder: Path, run: str) -> None:
-        if not re.fullmatch(r"[0-9a-f]{1,32}", run):
-            raise WireError("the run's id is not of the agreed form.")
-        self._folder = folder / run
+        self._folder = run_folder(folder, run)
 
     def save(self, name: str, round: int, state: AdapterState) -> None:
         """Keep a state as it is after a round; the oldest ones go."""

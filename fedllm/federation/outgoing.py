@@ -16,10 +16,10 @@ from fedllm.aggregation.lowrank import LowRank, truncate
 from fedllm.aggregation.rule import start_for
 from fedllm.config import Config
 from fedllm.federation.blobs import digest, join_factors, pack_factors, read_factors
-from fedllm.federation.local import layout_of, restart_state, shared_names
+from fedllm.federation.local import layout_of, restart_state, sends_changes, shared_names
 from fedllm.federation.records import ADAPTER, Note, Parts
 from fedllm.training.spec import site_spec
-from fedllm.wire import decode, encode, is_lossless
+from fedllm.wire import decode, encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +131,8 @@ def read_update(
         If the payload is not what was agreed on.
     """
     spec = site_spec(current.spec, rank, config.adapter)
-    codec = config.wire.codec
-    sent = decode(payload, spec=spec, layout=layout_of(spec, plan.send), codec=codec)
-    if is_lossless(codec):
+    sent = decode(payload, spec=spec, layout=layout_of(spec, plan.send), codec=config.wire.codec)
+    if not sends_changes(config):
         return sent
     start = restart_state(config, spec, round) if plan.restart else start_for(current, spec)
     if plan.restart and spec.head:

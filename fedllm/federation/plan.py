@@ -8,7 +8,7 @@ from fedllm.errors import ConfigError
 from fedllm.models.load import load_config
 from fedllm.runs.tracking import require_trackers
 from fedllm.training.spec import adapter_spec
-from fedllm.wire import parse_codec
+from fedllm.wire import is_lossless, parse_codec
 
 
 def check_recipe(config: Config) -> None:
@@ -56,4 +56,12 @@ def require_promises(config: Config) -> None:
             f"strategy.name={config.strategy.name} keeps matrices at the sites, which "
             "site_privacy.noise_at=sites does not hide and a site's metrics would tell of; use a "
             "rule that shares all it trains."
+        )
+    codec = config.wire.codec_down
+    if not is_lossless(codec) and make_rule(config).plan(adapter_spec(config), 1).sketch:
+        # a sketch is of the whole product and not of its change
+        raise ConfigError(
+            f"wire.codec_down={codec}: strategy.name={config.strategy.name} sends sketches of what a site "
+            "received and trained together, so that what the codec left out would be lost to the federation; "
+            "use wire.codec_down=float32."
         )

@@ -14,6 +14,7 @@ from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.aggregation import RULES, Outcome, Rule, Update
 from fedllm.aggregation.factors import factor_mean
 from fedllm.aggregation.lowrank import LowRank, stack
+from fedllm.aggregation.products import ProductRule
 from fedllm.aggregation.rule import branches_of, product_of, start_for, trained_names
 from fedllm.aggregation.spectral import back_project, range_of, sketch
 from fedllm.errors import RunError
@@ -230,6 +231,25 @@ def test_unequal_ranks_and_scales_meet_in_the_product(name: str, seed: int) -> N
         assert np.isfinite(found).all()
 
 
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 3), min_size=1, max_size=3))
+@pytest.mark.parametrize("name", ["fedit", "flexlora", "raflora", "hetlora"])
+def test_components_no_site_had_can_train_again(name: str, seed: int, ranks: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    current = start(name, rng, rank=4, scale=0.5)
+    specs = [replace(current.spec, rank=rank, scale=2.0 / rank) for rank in ranks]
+    states = [noise(start_for(current, spec), rng) for spec in specs]
+    outcome = combine(name, current, states, [1.0] * len(states))
+    rule = make_rule(name)
+    assert isinstance(rule, ProductRule)
+    for branch, found in whole_products(name, outcome).items():
+        terms = [product_of(state, branch) for state in states]
+        merged = rule.merge(terms, [1.0] * len(terms), rank=4)
+        assert np.allclose(found, merged.up @ merged.down, atol=1e-5)
+        term = product_of(outcome.state, branch)
+        assert (term.up.any(axis=0) | term.down.any(axis=1)).all()
+
+
 def test_a_site_of_a_smaller_rank_starts_from_the_first_components() -> None:
     rng = np.random.default_rng(3)
     current = start("flexlora", rng, rank=4, scale=0.5)
@@ -249,3 +269,4 @@ def test_no_update_is_an_error_and_names_are_those_of_the_method(name: str) -> N
         make_rule(name).combine(current, [], round=1)
     plan = make_rule(name).plan(current.spec, 1)
     assert set(plan.train) | set(plan.send) | set(plan.personal) <= set(trained_names(current.spec))
+    assert bool(plan.personal) == RULES[name].about.personal

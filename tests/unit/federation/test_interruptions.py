@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Error, Message
@@ -167,21 +168,41 @@ def test_no_site_speaks_for_anothers_ledger(federate: Any) -> None:
 
 
 class PickyGrid(InProcessGrid):
-    """Pulling raises while one certain reply is among those asked for, as Flower's does on a bad one."""
+    """Pulling raises on one certain reply, as Flower's does on a bad one; all asked for are gone."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        asked = list(message_ids)
-        for name in asked:
-            message = self._replies.get(name)
-            if message is not None and message.metadata.src_node_id == 2 and message.metadata.group_id == "2":
-                raise ValueError("cannot be inflated")
-        return super().pull_messages(asked)
+        pulled = list(super().pull_messages(message_ids))
+        if any(m.metadata.src_node_id == 2 and m.metadata.group_id == "2" for m in pulled):
+            raise ValueError("cannot be inflated")
+        return pulled
 
 
 def test_a_reply_that_flower_cannot_read_is_set_aside(federate: Any, events: Any) -> None:
     folder = federate(carrier=PickyGrid)
     refused = [event for event in events(folder, "site_reply") if not event["accepted"]]
     assert [(event["round"], event["reason"]) for event in refused] == [(2, "unreadable reply")]
+    assert events(folder, "run_finished")
+
+
+class BusyGrid(InProcessGrid):
+    """The first poll for each reply fails at the server, and the reply stays there."""
+
+    def __init__(self, app: Any, nodes: int) -> None:
+        super().__init__(app, nodes=nodes)
+        self.polled: set[str] = set()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        asked = set(message_ids)
+        if asked - self.polled:
+            self.polled |= asked
+            request = httpx.Request("POST", "http://superlink")
+            raise httpx.HTTPStatusError("500", request=request, response=httpx.Response(500, request=request))
+        return super().pull_messages(asked)
+
+
+def test_a_poll_that_fails_is_repeated(federate: Any, events: Any) -> None:
+    folder = federate(carrier=BusyGrid)
+    assert all(event["accepted"] for event in events(folder, "site_reply"))
     assert events(folder, "run_finished")
 
 

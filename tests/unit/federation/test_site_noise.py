@@ -283,3 +283,11 @@ def test_a_basis_from_one_sites_records_is_refused_wherever_the_noise_is(basis: 
 
 def test_what_goes_down_may_be_compressed() -> None:
     check_recipe(Config().replace(model__name="tiny-llama", wire__codec_down="int8", **SITES))
+
+
+def test_a_sites_change_is_its_own_and_not_what_went_down_compressed(federate: Any, rounds: Rounds) -> None:
+    at_coordinator = SITES | {"site_privacy__noise_at": "coordinator"}
+    federate(train__lr=1e-9, wire__codec_down="int4", **at_coordinator)
+    # the second round starts from noise, which the codec rounds
+    assert norm_of(rounds.came[0]) > 0.1 * NORM
+    assert all(norm_of(change) < 1e-3 * NORM for change in rounds.sent[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
+from fedllm.adapters.state import AdapterState
 from fedllm.aggregation import RULES
 from fedllm.aggregation.lowrank import LowRank, svd
 from fedllm.config import Config
-from fedllm.errors import ConfigError, RunError
+from fedllm.errors import ConfigError, MismatchError, RunError, WireError
+from fedllm.federation import local
+from fedllm.federation.blobs import BlobStore, digest
 from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter, export_gguf, export_merged
 from fedllm.federation.plan import check_recipe
@@ -28,10 +32,12 @@ from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
 from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES
+from fedllm.wire import encode_with_feedback
 from strategies import STRATEGIES as CLASSES
 
 RANK = 3
 PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
+DOWN = ("int4", "topk:0.25")
 ADAPTER_OF = {"ffa": "ffa", "fed-sb": "fed-sb", "ravan": "ravan", "average": "hydra"}
 
 
@@ -128,7 +134,7 @@ def test_a_site_that_lost_what_it_kept_is_sent_it_again(federate: Any, events: A
     def lose(message: Message, reply: Message) -> Message:
         notes, _ = unpack(reply.content)
         if message.metadata.group_id == "1" and notes["site"] == "site-1":
-            for path in (tmp_path / "run" / "sites" / "site-1" / "kept").iterdir():
+            for path in (tmp_path / "run" / "sites" / "site-1" / "kept").glob("*/*"):
                 path.unlink()
         return reply
 
@@ -136,6 +142,25 @@ def test_a_site_that_lost_what_it_kept_is_sent_it_again(federate: Any, events: A
     bad = [e for e in events(folder, "site_reply") if not e["accepted"]]
     assert [(e["site"], e["round"]) for e in bad] == [("site-1", 2)]
     assert "missing here; send it again" in bad[0]["reason"]
+
+
+def test_runs_at_one_site_keep_their_payloads_apart(tmp_path: Path) -> None:
+    one, other = digest(b"one"), digest(b"other")
+    for run, name, payload in (("0a", one, b"one"), ("0b", other, b"other")):
+        assert BlobStore(tmp_path, run).take([name], {name: payload}) == {name: payload}
+    assert BlobStore(tmp_path, "0a").take([one], {}) == {one: b"one"}
+    assert BlobStore(tmp_path, "0b").take([other], {}) == {other: b"other"}
+    for age, run in enumerate(("0a", "0b")):
+        os.utime(tmp_path / run, (age, age))
+    # a run that still uses what it keeps outlives those that are over
+    BlobStore(tmp_path, "0a").take([one], {})
+    for run in ("1a", "1b", "1c"):
+        BlobStore(tmp_path, run).take([one], {one: b"one"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0a", "1a", "1b", "1c"]
+    with pytest.raises(MismatchError, match="missing here; send it again"):
+        BlobStore(tmp_path, "0b").take([other], {})
+    with pytest.raises(WireError, match="run's id"):
+        BlobStore(tmp_path / "kept", "../0a")
 
 
 def test_fedsa_keeps_b_at_its_site_and_exports_one_adapter_a_site(federate: Any, events: Any) -> None:
@@ -183,6 +208,23 @@ def test_modes_are_baselines_of_the_same_recipe(federate: Any, events: Any) -> N
         assert np.allclose(found.up @ found.down, other.up @ other.down, atol=1e-6)
 
 
+def test_pooled_records_train_one_adapter_for_all_sites_even_where_matrices_are_personal(
+    federate: Any, events: Any
+) -> None:
+    settings = {"federation__mode": "central", "adapter__method": "lora"}
+    pooled = federate(dir="fedsa", strategy__name="fedsa", **settings)
+    plain = federate(dir="average", strategy__name="average", **settings)
+    left, right = (load_state(folder.adapter_dir)[0] for folder in (pooled, plain))
+    assert all(np.array_equal(left.tensors[key], right.tensors[key]) for key in right.tensors)
+    assert all(value.any() for value in left.tensors.values())
+    scores = [
+        {e["site"]: e["loss"] for e in events(folder, "evaluated") if e["stage"] == "final"}
+        for folder in (pooled, plain)
+    ]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 3
+
+
 @pytest.mark.parametrize("codec", ["bfloat16", "int8", "int4", "topk:0.25", "topk:0.25+int8"])
 def test_codecs_shrink_updates_and_stay_close(codec: str, federate: Any, events: Any) -> None:
     plain = federate(dir="plain", adapter__rank=16, adapter__layers="")
@@ -199,12 +241,51 @@ def test_codecs_shrink_updates_and_stay_close(codec: str, federate: Any, events:
     assert (short.site_dir("site-0") / "memory").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("rolora", {"feedback-A": [2, 4], "feedback-B": [1, 3]}),
+        ("fedit", {"feedback-A+B": [1, 2, 3, 4]}),
+        ("flexlora", {}),
+    ],
+)
+def test_what_a_codec_leaves_out_is_remembered_by_what_was_sent(
+    name: str, held: dict[str, list[int]], federate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[bool] = []
+
+    def watched(delta: AdapterState, memory: AdapterState | None, *, codec: str) -> Any:
+        used.append(memory is not None)
+        return encode_with_feedback(delta, memory, codec=codec)
+
+    monkeypatch.setattr(local, "encode_with_feedback", watched)
+    folder = federate(federation__rounds=4, wire__codec="int4", **options(name))
+    found: dict[str, list[int]] = {}
+    for path in sorted((folder.site_dir("site-0") / "memory").glob("*/*.safetensors")):
+        kind, _, round = path.stem.rpartition("-")
+        found.setdefault(kind, []).append(int(round))
+    assert found == held
+    # only the first message of each kind starts without a memory
+    assert used.count(False) == 3 * len(held)
+
+
 def test_sparse_downloads_follow_flasc(federate: Any, events: Any) -> None:
     both = {"wire__codec": "topk:0.25", "wire__codec_down": "topk:0.5", "federation__rounds": 3}
     sparse = federate(dir="sparse", adapter__rank=16, **both)
     plain = federate(dir="plain", adapter__rank=16, federation__rounds=3)
     down = [events(folder, "round_finished")[-1]["bytes_down"] for folder in (sparse, plain)]
     assert down[0] < 0.8 * down[1]
+
+
+@pytest.mark.parametrize("name", ["fedit", "rolora"])
+def test_what_a_download_leaves_out_is_not_lost_to_the_federation(name: str, federate: Any) -> None:
+    # a learning rate of next to nothing: what differs is what the codec did
+    still = {"train__lr": 1e-9, "federation__rounds": 3, **options(name)}
+    plain = federate(dir="plain", **still)
+    states = [load_state(federate(dir=down, wire__codec_down=down, **still).adapter_dir)[0] for down in DOWN]
+    kept = load_state(plain.adapter_dir)[0]
+    for state in states:
+        assert all(np.allclose(state.tensors[key], kept.tensors[key], atol=1e-6) for key in kept.tensors)
 
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
@@ -315,6 +396,14 @@ def test_estimates_are_within_a_tenth_of_what_is_sent(name: str, federate: Any, 
         (
             {"adapter.method": "lora", "strategy.name": "flora", "wire.codec": "topk:0.1"},
             "factors with holes",
+        ),
+        (
+            {"adapter.method": "lora", "strategy.name": "flexlora", "wire.codec_down": "topk:0.1"},
+            "wire.codec_down=topk:0.1: strategy.name=flexlora multiplies the matrices that travel",
+        ),
+        (
+            {"adapter.method": "lora", "strategy.name": "fedask", "wire.codec_down": "int8"},
+            "wire.codec_down=int8: strategy.name=fedask sends sketches",
         ),
         ({"adapter.method": "lora", "strategy.name": "flora", "train.fedhyper": "cosine"}, "train.fedhyper"),
         (
