@@ -157,10 +157,3 @@ def test_reasons_for_the_server_carry_no_folders() -> None:
     with pytest.raises(PrivacyError) as caught:
         SitePolicy(site="north").require_noise(0.2345)
     assert "0.2" not in public_reason(None, caught.value)
-
-
-SITES = {
-    "site_privacy__enabled": True,
-    "site_privacy__noise_multiplier": 1.0,
-    "site_privacy__clipping_norm": 0.05,
-}

@@ -424,6 +424,13 @@ def test_the_server_never_loads_base_weights(monkeypatch: pytest.MonkeyPatch, tm
         assert (tmp_path / f"{method}-out" / "adapter_model.safetensors").is_file()
 
 
+SITES = {
+    "site_privacy__enabled": True,
+    "site_privacy__noise_multiplier": 1.0,
+    "site_privacy__clipping_norm": 0.05,
+}
+
+
 def test_whole_sites_are_noised_booked_and_stated(federate: Any, events: Any) -> None:
     plain, noised = federate(dir="plain"), federate(dir="noised", **SITES)
     assert not same(tensors(plain), tensors(noised))
