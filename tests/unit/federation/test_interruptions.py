@@ -81,6 +81,27 @@ def test_a_run_that_was_stopped_before_it_began_keeps_one_name(
     assert events(folder, "run_finished")
 
 
+@pytest.mark.parametrize("named", ["relative", "", "moved"])
+def test_simulated_sites_find_their_folders_on_resume_wherever_the_run_is(
+    federate: Any, resume: Any, events: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str
+) -> None:
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    settings = {"adapter__method": "lora", "strategy__name": "fedsa"} | PRIVATE
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            federate(stop_in_round(2), **settings, run__dir=named)
+    (begun,) = (tmp_path / "home" / "runs").iterdir() if not named else [tmp_path / named]
+    if named == "moved":
+        begun = begun.rename(tmp_path / "elsewhere")
+    folder = resume(begun)
+    entries = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()
+    # the round that was cut short stays booked
+    assert [entry.round for entry in entries] == [1, 2, 2]
+    assert all(event["accepted"] for event in events(folder, "site_reply"))
+    assert not (tmp_path / "moved").exists()
+
+
 def test_two_processes_never_work_on_one_run(federate: Any, resume: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         federate(stop_in_round(2))
