@@ -117,6 +117,23 @@ def amounts(notes: Mapping[str, Note], key: str, *, length: int) -> list[float] 
     return found
 
 
+def numbers(notes: Mapping[str, Note], key: str) -> tuple[float, ...]:
+    """Return a note of another party that has to be a list of finite numbers; empty if it is absent.
+
+    Raises
+    ------
+    WireError
+        If it is anything else.
+    """
+    value = notes.get(key, [])
+    if not isinstance(value, list):
+        raise WireError(f"the note '{key}' is not a list of finite numbers.")
+    found = [item for item in value if isinstance(item, float) and np.isfinite(item)]
+    if len(found) != len(value):
+        raise WireError(f"the note '{key}' is not a list of finite numbers.")
+    return tuple(found)
+
+
 def texts(notes: Mapping[str, Note], key: str) -> list[str]:
     """Return a note of another party that has to be a list of texts; empty if it is absent."""
     value = notes.get(key, [])

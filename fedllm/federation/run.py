@@ -6,6 +6,7 @@ import json
 import math
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +22,12 @@ from fedllm.adapters.state import AdapterSpec, AdapterState, require_same_layout
 from fedllm.aggregation import RoundPlan, Rule, ServerOptimizer, make_optimizer, make_rule
 from fedllm.aggregation.lowrank import Matrix64
 from fedllm.config import Config
-from fedllm.errors import FedllmError, MismatchError, RunError
+from fedllm.errors import FedllmError, MismatchError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.heads import LedgerHeads
 from fedllm.federation.makebasis import WITH_CORE, read_basis
 from fedllm.federation.outgoing import Folded, Piece, Sender
-from fedllm.federation.records import BASIS, Note, Parts, pack, text, whole
+from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, text, whole
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write
@@ -366,41 +367,84 @@ def counted(
     return replies
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Hello:
+    """What a site says of itself."""
+
+    name: str
+    rank: int
+    projections: tuple[float, ...]
+    data: str
+    ledger_tag: str
+
+
+def _read_hello(run: ServerRun, notes: Notes) -> _Hello:
+    """Return a good reply's notes, every one of them checked before any is used.
+
+    Raises
+    ------
+    WireError
+        If one is not of the agreed form.
+    """
+    return _Hello(
+        name=text(notes, "site", limit=80),
+        rank=whole(notes, "rank", largest=run.spec.rank),
+        projections=numbers(notes, "projections"),
+        data=text(notes, "data", limit=64),
+        ledger_tag=text(notes, "ledger_tag", limit=16),
+    )
+
+
+def _require_fitting(run: ServerRun, hello: _Hello, *, simulated: bool) -> None:
+    """Refuse a site that cannot take part.
+
+    Raises
+    ------
+    MismatchError
+        Saying why.
+    """
+    name, rank = hello.name, hello.rank
+    if not name:
+        raise MismatchError("the site sent no name")
+    if name in run.peers:
+        raise MismatchError(f"site {name}: another node joined under this name")
+    if run.peers and simulated is not run.simulated:
+        raise MismatchError(f"site {name}: simulated and real sites do not train together")
+    if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
+        raise MismatchError(
+            f"site {name}: trains rank {rank}, and {run.rule.about.title} needs {run.spec.rank}"
+        )
+    if basis_from_seed(run.spec) is not None and run.basis is not None:
+        require_same_basis(projections(run.basis, seed=run.spec.basis), hello.projections, site=name)
+
+
 def _welcome(run: ServerRun, reply: Reply) -> None:
-    reason, name, rank = reply.reason, "", 0
+    """Take a site in, or set its node aside with the reason, whatever it sent."""
     simulated = reply.notes.get("simulated") is True
     try:
-        name = text(reply.notes, "site", limit=80)
-        if not reason:
-            if not name:
-                reason = "the site sent no name"
-            elif name in run.peers:
-                reason = f"site {name}: another node joined under this name"
-            elif run.peers and simulated is not run.simulated:
-                reason = f"site {name}: simulated and real sites do not train together"
-            else:
-                rank = whole(reply.notes, "rank", largest=run.spec.rank)
-                if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
-                    reason = (
-                        f"site {name}: trains rank {rank}, and {run.rule.about.title} needs {run.spec.rank}"
-                    )
-            if not reason and basis_from_seed(run.spec) is not None and run.basis is not None:
-                sent = reply.notes.get("projections")
-                values = tuple(float(value) for value in sent) if isinstance(sent, list) else ()
-                require_same_basis(projections(run.basis, seed=run.spec.basis), values, site=name)
+        if reply.reason:
+            raise MismatchError(reply.reason)
+        hello = _read_hello(run, reply.notes)
+        _require_fitting(run, hello, simulated=simulated)
     except FedllmError as error:
-        reason = str(error)
-    if reason:
-        run.refused[reply.peer.node, reply.peer.index] = reason
-        append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
+        _refuse(run, reply, str(error))
         return
+    name = hello.name
     run.simulated = simulated
-    run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=rank)
-    run.data[name] = text(reply.notes, "data", limit=64)
-    run.tags[name] = text(reply.notes, "ledger_tag", limit=16)
+    run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=hello.rank)
+    run.data[name] = hello.data
+    run.tags[name] = hello.ledger_tag
     if reply.notes.get("has_basis") is True:
         run.holders.add(name)
     append_event(run.folder, "site_joined", site=name, node=reply.peer.node, simulated=run.simulated)
+
+
+def _refuse(run: ServerRun, reply: Reply, reason: str) -> None:
+    name = ""
+    with suppress(WireError):
+        name = text(reply.notes, "site", limit=80)
+    run.refused[reply.peer.node, reply.peer.index] = reason
+    append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
 
 
 def ship_basis(run: ServerRun, grid: Grid) -> None:
@@ -419,11 +463,14 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
             peer = run.peers[name]
             asked = [(peer, pack(run.notes(peer, **run.seen(peer))))]
             (reply,) = counted(run, grid, asked, stage="basis", kind="query.make_basis", round=0)
-            run.note_head(reply)
-            if not reply.reason and BASIS in reply.parts:
+            try:
+                run.note_head(reply)
+                if reply.reason or BASIS not in reply.parts:
+                    raise WireError(reply.reason or "no payload")
                 _take_basis(run, read_basis(reply.parts[BASIS], run.spec, with_core=with_core))
                 break
-            append_event(run.folder, "warning", text=f"{name} made no basis: {reply.reason or 'no payload'}")
+            except (WireError, MismatchError) as error:
+                append_event(run.folder, "warning", text=f"{name} made no basis: {error}")
         if run.basis is None:
             raise RunError(f"no site could make the {run.config.adapter.basis} basis; see the warnings.")
         atomic_write(run.folder.checkpoints_dir / BASIS_FILE, save(run.basis.tensors))

@@ -187,6 +187,54 @@ def test_no_site_speaks_for_anothers_ledger(federate: Any) -> None:
     assert len(set(heads.values())) == 3
 
 
+@pytest.mark.parametrize(
+    ("note", "value"),
+    [
+        ("projections", ["near", "far"]),
+        ("projections", [float("nan")] * 4),
+        ("data", 5),
+        ("ledger_tag", [1, 2]),
+        ("site", 7),
+        ("rank", "three"),
+    ],
+)
+def test_a_hello_that_cannot_be_read_sets_its_node_alone_aside(
+    federate: Any, events: Any, note: str, value: Any
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello" and site_of(reply) == "site-1":
+            return changed(message, reply, **{note: value})
+        return reply
+
+    folder = federate(tamper, federation__rounds=1)
+    (warning,) = events(folder, "warning")
+    assert f"set aside: the note '{note}' is not" in warning["text"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [2]
+
+
+@pytest.mark.parametrize("damage", ["payload", "numbers", "ledger"])
+def test_a_damaged_basis_is_set_aside_and_the_next_site_makes_one(
+    federate: Any, events: Any, damage: str
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) != "query.make_basis" or site_of(reply) != "site-0":
+            return reply
+        notes, parts = unpack(reply.content)
+        payload = parts["basis"]
+        if damage == "payload":
+            payload = payload[:-9]
+        if damage == "numbers":
+            payload = payload[:-4] + np.float32(np.inf).tobytes()
+        if damage == "ledger":
+            notes["ledger"] = 5
+        return Message(pack(notes, {"basis": payload}), reply_to=message)
+
+    folder = federate(tamper, federation__rounds=1, adapter__basis="public-svd")
+    (warning,) = events(folder, "warning")
+    assert warning["text"].startswith("site-0 made no basis: the ")
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [3]
+
+
 class PickyGrid(InProcessGrid):
     """Pulling raises while one certain reply is among those asked for, as Flower's does on a bad one."""
 
