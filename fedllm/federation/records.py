@@ -99,6 +99,20 @@ def whole(notes: Mapping[str, Note], key: str, *, largest: int = 10**9) -> int:
     return value
 
 
+def example_count(notes: Mapping[str, Note]) -> int:
+    """Return the number of records a site says it trained on: its weight, so no more than can be true.
+
+    Raises
+    ------
+    WireError
+        If it is absent or not a whole number from 1.
+    """
+    count = whole(notes, "examples", largest=10**12)
+    if not count:
+        raise WireError("the note 'examples' is 0; a site without records has no weight.")
+    return count
+
+
 def amounts(notes: Mapping[str, Note], key: str, *, length: int) -> list[float] | None:
     """Return a note of another party that has to be ``length`` finite numbers from 0, None if it is absent.
 

@@ -15,19 +15,20 @@ from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
-from fedllm.aggregation import RULES
+from fedllm.aggregation import RULES, Outcome
 from fedllm.aggregation.lowrank import LowRank, svd
 from fedllm.config import Config
 from fedllm.errors import ConfigError, RunError
 from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter, export_gguf, export_merged
 from fedllm.federation.plan import check_recipe
-from fedllm.federation.records import unpack
+from fedllm.federation.records import pack, unpack
 from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
 from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES
 from strategies import STRATEGIES as CLASSES
+from strategies.base import AdapterStrategy
 
 RANK = 3
 PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
@@ -260,6 +261,51 @@ def test_a_sketch_without_its_second_stage_is_set_aside(federate: Any, events: A
 
     folder = federate(tamper, **options("fedask"))
     assert [event["accepted"] for event in events(folder, "round_finished")] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "fedask"])
+@pytest.mark.parametrize("examples", [1e308, 10**13, 0, "many"])
+def test_a_site_weighs_no_more_records_than_can_be(
+    name: str, examples: Any, federate: Any, events: Any
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        notes, parts = unpack(reply.content)
+        if message.metadata.message_type == "train" and notes["site"] == "site-2":
+            return Message(pack(notes | {"examples": examples}, parts), reply_to=message)
+        return reply
+
+    folder = federate(tamper, federation__rounds=1, strategy__weighting="examples", **options(name))
+    (refused,) = [event for event in events(folder, "site_reply") if not event["accepted"]]
+    assert refused["site"] == "site-2"
+    assert "the note 'examples' is" in refused["reason"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [2]
+
+
+@pytest.mark.parametrize("where", ["state", "folded"])
+def test_an_outcome_that_is_not_finite_is_never_kept(
+    where: str, federate: Any, resume: Any, events: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = AdapterStrategy.aggregate
+
+    def overflow(self: Any, current: Any, updates: Any, *, round: int) -> Outcome:
+        outcome = real(self, current, updates, round=round)
+        if round == 1:
+            return outcome
+        if where == "state":
+            huge = {key: np.full_like(value, np.inf) for key, value in outcome.state.tensors.items()}
+            return Outcome(state=outcome.state.with_tensors(huge))
+        assert outcome.folded
+        return Outcome(
+            state=outcome.state, folded={m: (up * np.nan, down) for m, (up, down) in outcome.folded.items()}
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterStrategy, "aggregate", overflow)
+        with pytest.raises(RunError, match="round 2: the replies combine to NaN or infinity"):
+            federate(**options("fedex"))
+    folder = resume(tmp_path / "run")
+    assert [event["round"] for event in events(folder, "checkpoint_saved")] == [1, 2]
+    assert events(folder, "run_finished")
 
 
 def test_diagnostics_are_logged_in_factors(federate: Any, events: Any) -> None:
