@@ -25,7 +25,7 @@ from fedllm.errors import FedllmError, RunError, WireError
 from fedllm.federation.counts import noised_accuracies
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.local import named_payloads, restart_state
-from fedllm.federation.outgoing import read_update
+from fedllm.federation.outgoing import read_update, save_folded
 from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, amounts, example_count, number, pack, text
 from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
 from fedllm.federation.site_privacy import book_release, private_outcome
@@ -406,6 +406,7 @@ def _export(run: ServerRun) -> None:
     """Write the adapter: as PEFT knows it where the server can, else its matrices alone."""
     folder = run.folder.adapter_dir
     save_state(run.state, folder, seed=run.seed)
+    save_folded(run.folded, folder)
     personal = run.plan(run.config.federation.rounds).personal
     if run.basis is not None and not personal and METHODS[run.spec.method].export != "base":
         name, folded = run.config.model.called, run.folded.factors()

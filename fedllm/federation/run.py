@@ -26,7 +26,7 @@ from fedllm.errors import FedllmError, MismatchError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.heads import LedgerHeads
 from fedllm.federation.makebasis import WITH_CORE, read_basis
-from fedllm.federation.outgoing import Folded, Piece, Sender
+from fedllm.federation.outgoing import Folded, Piece, Sender, load_folded
 from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, text, whole
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.events import append_event, read_events
@@ -156,7 +156,7 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
     """
     spec = adapter_spec(config)
     seed = basis_seed(config)
-    state = METHODS[spec.method].initial_state(spec, seed=seed)
+    state, folded = METHODS[spec.method].initial_state(spec, seed=seed), Folded(spec=spec)
     if config.adapter.init:
         found, seed = load_state(Path(config.adapter.init))
         for name in ("method", "rank", "scale", "base"):
@@ -166,12 +166,12 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
                     f"{getattr(spec, name)}."
                 )
         require_same_layout(state.layout, found.layout, site="adapter.init")
-        spec, state = found.spec, found
+        spec, state, folded = found.spec, found, load_folded(found.spec, Path(config.adapter.init))
     return ServerRun(
         clipping_norm=config.site_privacy.clipping_norm,
         rule=make_rule(config),
         optimizer=make_optimizer(config),
-        folded=Folded(spec=spec),
+        folded=folded,
         config=config,
         folder=folder,
         tracking=Tracking(folder),

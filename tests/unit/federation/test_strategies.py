@@ -32,6 +32,8 @@ from strategies.base import AdapterStrategy
 
 RANK = 3
 PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
+#: Settings under which training changes nothing that a score would show.
+STILL = {"train__lr": 1e-12, "evaluation__every": 0}
 ADAPTER_OF = {"ffa": "ffa", "fed-sb": "fed-sb", "ravan": "ravan", "average": "hydra"}
 
 
@@ -279,6 +281,55 @@ def test_a_site_weighs_no_more_records_than_can_be(
     assert refused["site"] == "site-2"
     assert "the note 'examples' is" in refused["reason"]
     assert [event["accepted"] for event in events(folder, "round_finished")] == [2]
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_a_run_goes_on_from_what_another_folded_into_the_base(
+    name: str, federate: Any, resume: Any, events: Any
+) -> None:
+    first = federate(dir="first", **options(name))
+    settings = options("fedex") | {"adapter__init": str(first.adapter_dir)}
+    whole = federate(dir="second", **settings)
+    before = {e["site"]: e["loss"] for e in events(first, "evaluated") if e["stage"] == "final"}
+    start = {
+        e["site"]: e["loss"]
+        for e in events(federate(dir="same", **settings, **STILL), "evaluated")
+        if e["stage"] == "final"
+    }
+    assert start == pytest.approx(before, rel=1e-6)
+    with pytest.raises(KeyboardInterrupt):
+        federate(interrupted(2), **settings)
+    resumed = resume(whole.path.parent / "run")
+    left, right = exported(whole), exported(resumed)
+    assert all(np.array_equal(left[m].up @ left[m].down, right[m].up @ right[m].down) for m in left)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy.name": "flora", "adapter.init": "x"}, "ignore it; go on from it with a rule"),
+        (
+            {"strategy.name": "florist", "adapter.init": "x"},
+            "start anew every round with strategy.name=florist",
+        ),
+        ({"strategy.name": "fedsa", "adapter.init": "x"}, "strategy.name=fedsa keeps B at the sites"),
+        ({"federation.mode": "local", "adapter.init": "x"}, "federation.mode=local keeps A, B at the sites"),
+        (
+            {
+                "federation.mode": "local",
+                "adapter.method": "fed-sb",
+                "strategy.name": "fed-sb",
+                "adapter.basis": "gradient",
+                "adapter.allow_private_basis": True,
+            },
+            "adapter.basis=gradient brings a first R",
+        ),
+    ],
+)
+def test_a_start_that_sites_would_not_make_is_refused(settings: dict[str, Any], message: str) -> None:
+    values = {"model.name": "tiny-llama", "adapter.method": "lora", "strategy.name": "fedit"}
+    with pytest.raises(ConfigError, match=message):
+        check_recipe(Config.from_flat(values | settings))
 
 
 @pytest.mark.parametrize("where", ["state", "folded"])
