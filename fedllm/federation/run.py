@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from fedllm.adapters import METHODS
@@ -153,6 +154,8 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
     ------
     MismatchError
         If the adapter of ``adapter.init`` is not of the recipe's form.
+    RunError
+        If it is damaged or not whole.
     """
     spec = adapter_spec(config)
     seed = basis_seed(config)
@@ -167,6 +170,10 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
                 )
         require_same_layout(state.layout, found.layout, site="adapter.init")
         spec, state, folded = found.spec, found, load_folded(found.spec, Path(config.adapter.init))
+    basis = _known_basis(spec, Path(config.adapter.init) if config.adapter.init else folder.checkpoints_dir)
+    if config.adapter.init and basis is not None and spec.basis.startswith(SHIPPED):
+        # a resume goes on from this run's folder alone
+        _keep_basis(folder, basis)
     return ServerRun(
         clipping_norm=config.site_privacy.clipping_norm,
         rule=make_rule(config),
@@ -177,9 +184,7 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
         tracking=Tracking(folder),
         run_id=uuid.uuid4().hex[:12],
         spec=spec,
-        basis=_known_basis(
-            spec, Path(config.adapter.init) if config.adapter.init else folder.checkpoints_dir
-        ),
+        basis=basis,
         seed=seed,
         state=state,
     )
@@ -241,11 +246,32 @@ def announce(run: ServerRun) -> None:
 
 
 def _known_basis(spec: AdapterSpec, folder: Path) -> Basis | None:
-    basis = basis_from_seed(spec)
-    path = folder / BASIS_FILE
-    if basis is None and path.is_file():
+    """Return the basis of a seed or a file; None where it is still to be made.
+
+    Raises
+    ------
+    RunError
+        If the spec names a basis that is not there: another one would not fit what was trained, and
+        making it may cost privacy.
+    """
+    basis, path = basis_from_seed(spec), folder / BASIS_FILE
+    if basis is not None:
+        return basis
+    try:
         basis = Basis.from_tensors(load_file(path))
+    except FileNotFoundError:
+        if spec.basis == SHIPPED:
+            return None
+        raise RunError(f"{path} is missing, and the adapter was trained with it; restore it.") from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); restore it.") from None
+    if spec.basis not in (SHIPPED, f"{SHIPPED}{basis.digest}"):
+        raise RunError(f"{path} is not the basis that the adapter was trained with; restore it.")
     return basis
+
+
+def _keep_basis(folder: RunFolder, basis: Basis) -> None:
+    atomic_write(folder.checkpoints_dir / BASIS_FILE, save(basis.tensors))
 
 
 def _take_basis(run: ServerRun, basis: Basis) -> None:
@@ -473,7 +499,7 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
                 append_event(run.folder, "warning", text=f"{name} made no basis: {error}")
         if run.basis is None:
             raise RunError(f"no site could make the {run.config.adapter.basis} basis; see the warnings.")
-        atomic_write(run.folder.checkpoints_dir / BASIS_FILE, save(run.basis.tensors))
+        _keep_basis(run.folder, run.basis)
     lacking = [peer for name, peer in sorted(run.peers.items()) if name not in run.holders]
     if not lacking or not run.spec.basis.startswith(SHIPPED):
         return

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Error, Message
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fedllm.errors import RunError
 from fedllm.federation import server
 from fedllm.federation.inprocess import InProcessGrid
 from fedllm.federation.records import pack, unpack
+from fedllm.federation.run import BASIS_FILE
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder, locked, open_run
 
@@ -61,6 +62,38 @@ def test_a_run_goes_on_with_the_basis_it_had_before_its_first_checkpoint(
     one, other = adapter(whole), adapter(rest)
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_run_that_began_from_an_adapter_resumes_with_that_adapters_basis(
+    federate: Any, resume: Any, events: Any, round: int, tmp_path: Path
+) -> None:
+    private = PRIVATE | {"adapter__basis": "dp-gradient", "adapter__basis_noise": 2.0}
+    first = federate(dir="first", adapter__basis_records=6, **private)
+    settings = private | {"adapter__init": str(first.adapter_dir), "adapter__basis_records": 6}
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop_in_round(round), **settings)
+    folder = resume(tmp_path / "run")
+    for name in ("site-0", "site-1", "site-2"):
+        entries = Ledger(folder.site_dir(name) / "ledger.sqlite").entries()
+        # round 0 is what making a basis costs
+        assert 0 not in [entry.round for entry in entries]
+    bases = [load_file(run.adapter_dir / BASIS_FILE) for run in (first, folder)]
+    assert all(np.array_equal(bases[0][key], bases[1][key]) for key in bases[0])
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_an_adapter_without_its_basis_is_refused(federate: Any, damage: str) -> None:
+    first = federate(dir="first", adapter__basis="public-svd", federation__rounds=1)
+    path = first.adapter_dir / BASIS_FILE
+    if damage == "other":
+        save_file({key: -value for key, value in load_file(path).items()}, path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.unlink()
+    with pytest.raises(RunError, match=f"{BASIS_FILE} .*; restore it"):
+        federate(adapter__basis="public-svd", adapter__init=str(first.adapter_dir))
 
 
 def test_a_run_that_was_stopped_before_it_began_keeps_one_name(
