@@ -27,7 +27,16 @@ from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.local import named_payloads, restart_state
 from fedllm.federation.outgoing import read_update, save_folded
 from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, amounts, example_count, number, pack, text
-from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
+from fedllm.federation.run import (
+    BASIS_FILE,
+    ServerRun,
+    counted,
+    gather_sites,
+    greet,
+    greet_again,
+    save_pieces,
+    ship_basis,
+)
 from fedllm.federation.site_privacy import book_release, private_outcome
 from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
@@ -60,6 +69,8 @@ def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
     ship_basis(run, grid)
     for round in range(run.next_round, run.config.federation.rounds + 1):
         greet(run, grid)
+        if round > run.next_round:
+            greet_again(run, grid)
         ship_basis(run, grid)
         _one_round(run, grid, strategy, round)
     _final_evaluation(run, grid)

@@ -40,6 +40,8 @@ BASIS_FILE = "fedllm_basis.safetensors"
 SHIPPED = "shipped:"
 #: Seconds a node gets to say who it is, where the run waits less for sites to join.
 HELLO_SECONDS = 300.0
+#: The same, for nodes that have not answered before.
+HELLO_AGAIN_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,10 @@ class ServerRun:
         The largest norm of a site's change in the next round, where whole sites are private.
     tracking : Tracking
         Where finished rounds are shown beside the run's own files.
+    refused : dict[tuple[int, int], str]
+        (node, index) -> why its site did not join.
+    silent : set[tuple[int, int]]
+        Those of ``refused`` that have not answered at all, and may do so later.
     """
 
     config: Config
@@ -94,6 +100,7 @@ class ServerRun:
     simulated: bool = True
     peers: dict[str, Peer] = field(default_factory=dict)
     refused: dict[tuple[int, int], str] = field(default_factory=dict)
+    silent: set[tuple[int, int]] = field(default_factory=set)
     holders: set[str] = field(default_factory=set)
 
     @property
@@ -338,11 +345,9 @@ def greet(run: ServerRun, grid: Grid) -> None:
     new = [node for node in nodes if node not in known]
     if not new:
         return
-    taken = {peer.index for peer in run.peers.values()}
-    free = [index for index in range(run.config.federation.sites) if index not in taken]
-    replies = _hello(
-        run, grid, [Peer(name=f"node {n}", node=n, index=i) for n, i in zip(new, free, strict=False)]
-    )
+    free = _free_seats(run)
+    patience = max(run.config.federation.join_wait, HELLO_SECONDS)
+    replies = _hello(run, grid, _seated(new, free), patience=patience)
     for reply in replies:
         _welcome(run, reply)
     good = [reply for reply in replies if not reply.reason]
@@ -350,14 +355,40 @@ def greet(run: ServerRun, grid: Grid) -> None:
         # a simulation may have fewer nodes than sites: nodes are only workers there
         rest = free[len(replies) :]
         more = [Peer(name=f"site {i}", node=new[i % len(new)], index=i) for i in rest]
-        for reply in _hello(run, grid, more):
+        for reply in _hello(run, grid, more, patience=patience):
             _welcome(run, reply)
 
 
-def _hello(run: ServerRun, grid: Grid, peers: list[Peer]) -> list[Reply]:
+def greet_again(run: ServerRun, grid: Grid) -> None:
+    """Ask those who have not answered once more; what a site said itself is not asked for again.
+
+    They have had time to get ready, so that a round waits less for them than the start did.
+    """
+    connected = set(grid.get_node_ids())
+    silent = sorted(seat for seat in run.silent if seat[0] in connected)
+    peers = _seated([node for node, _ in silent], _free_seats(run))
+    for seat in silent[: len(peers)]:
+        run.silent.discard(seat)
+        del run.refused[seat]
+    if peers:
+        patience = max(run.config.federation.join_wait, HELLO_AGAIN_SECONDS)
+        for reply in _hello(run, grid, peers, patience=patience):
+            _welcome(run, reply)
+
+
+def _free_seats(run: ServerRun) -> list[int]:
+    taken = {peer.index for peer in run.peers.values()}
+    return [index for index in range(run.config.federation.sites) if index not in taken]
+
+
+def _seated(nodes: list[int], seats: list[int]) -> list[Peer]:
+    """Return a peer a node, as far as there are seats."""
+    return [Peer(name=f"node {n}", node=n, index=i) for n, i in zip(nodes, seats, strict=False)]
+
+
+def _hello(run: ServerRun, grid: Grid, peers: list[Peer], *, patience: float) -> list[Reply]:
     spec = run.spec.to_json()
     contents = [(peer, pack(run.notes(peer, spec=spec))) for peer in peers]
-    patience = max(run.config.federation.join_wait, HELLO_SECONDS)
     return counted(run, grid, contents, stage="hello", kind="query.hello", round=0, patience=patience)
 
 
@@ -469,7 +500,10 @@ def _refuse(run: ServerRun, reply: Reply, reason: str) -> None:
     name = ""
     with suppress(WireError):
         name = text(reply.notes, "site", limit=80)
-    run.refused[reply.peer.node, reply.peer.index] = reason
+    seat = reply.peer.node, reply.peer.index
+    run.refused[seat] = reason
+    if not reply.notes:
+        run.silent.add(seat)
     append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
 
 

@@ -185,6 +185,27 @@ def test_a_refused_node_that_came_first_does_not_end_the_run(federate: Any, even
     assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 3]
 
 
+@pytest.mark.parametrize("failing", ["once", "always"])
+def test_a_node_whose_hello_failed_is_greeted_again_in_the_next_round(
+    federate: Any, events: Any, failing: str
+) -> None:
+    failures: list[int] = []
+
+    def tamper(message: Message, reply: Message) -> Message:
+        asked = kind(message) == "query.hello" and message.metadata.dst_node_id == 2
+        if asked and (failing == "always" or not failures):
+            failures.append(2)
+            return Message(error=Error(code=0, reason="x"), reply_to=message)
+        return reply
+
+    folder = federate(tamper, federation__rounds=3)
+    # once at the start, and once before every later round
+    assert len(failures) == (1 if failing == "once" else 3)
+    accepted = [event["accepted"] for event in events(folder, "round_finished")]
+    assert accepted == ([2, 3, 3] if failing == "once" else [2, 2, 2])
+    assert [e["round"] for e in events(folder, "round_finished")] == [1, 2, 3]
+
+
 def test_a_node_that_only_says_it_is_simulated_is_refused(federate: Any, events: Any) -> None:
     def tamper(message: Message, reply: Message) -> Message:
         if kind(message) == "query.hello" and site_of(reply) == "site-2":
