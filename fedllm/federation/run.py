@@ -179,7 +179,7 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
         spec, state, folded = found.spec, found, load_folded(found.spec, Path(config.adapter.init))
     basis = _known_basis(spec, Path(config.adapter.init) if config.adapter.init else folder.checkpoints_dir)
     if config.adapter.init and basis is not None and spec.basis.startswith(SHIPPED):
-        # a resume goes on from this run's folder alone
+        # where a resume after the first round looks for it
         _keep_basis(folder, basis)
     return ServerRun(
         clipping_norm=config.site_privacy.clipping_norm,
@@ -214,8 +214,10 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
 
     After the last round only the final evaluation and the export are left to do.
     """
-    run = start_run(config, folder)
     checkpoint, warnings = latest_checkpoint(folder)
+    # a checkpoint holds all that a run goes on from; what it began from may be gone or another one by now
+    run = start_run(config if checkpoint is None else config.replace(adapter__init=""), folder)
+    run.config = config
     for warning in warnings:
         append_event(folder, "warning", text=warning)
     started = [event for event in read_events(folder) if event["event"] == "run_started"]
