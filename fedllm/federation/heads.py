@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedllm.errors import RunError
 from fedllm.home import home
-from fedllm.runs.folder import atomic_write
+from fedllm.runs.folder import atomic_write, write_error
 
 _FILE = "ledger_heads.json"
 
@@ -33,9 +36,13 @@ class LedgerHeads:
 
     def note(self, tag: str, head: str, *, simulated: bool) -> None:
         """Remember a hash."""
-        if head:
+        if not head:
+            return
+        path = self._path(simulated)
+        # coordinators of one home share the file: what another notes meanwhile must not be lost
+        with _alone(path):
             heads = self._read(simulated) | {tag: head}
-            atomic_write(self._path(simulated), json.dumps(heads, indent=1, sort_keys=True).encode())
+            atomic_write(path, json.dumps(heads, indent=1, sort_keys=True).encode())
 
     def _path(self, simulated: bool) -> Path:
         return (self._folder if simulated else home()) / _FILE
@@ -51,3 +58,28 @@ class LedgerHeads:
                 f"{path}: not readable ({error}); restore it, or remove it to start anew."
             ) from None
         return {str(tag): str(head) for tag, head in found.items()}
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait until no other process changes a file, and keep it so; the lock ends with the process.
+
+    The lock is on a file beside it, since the file itself is replaced.
+
+    Raises
+    ------
+    RunError
+        If the folder cannot be written.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise write_error(lock, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise write_error(lock, error) from None
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import save_peft_adapter, save_state
+from fedllm.adapters.layers import Factors
 from fedllm.adapters.state import AdapterState
 from fedllm.aggregation import Outcome, RoundPlan, Update
 from fedllm.aggregation.diagnostics import diagnose
@@ -24,9 +25,18 @@ from fedllm.errors import FedllmError, RunError, WireError
 from fedllm.federation.counts import noised_accuracies
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.local import named_payloads, restart_state
-from fedllm.federation.outgoing import read_update
-from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, amounts, number, pack, text
-from fedllm.federation.run import BASIS_FILE, ServerRun, counted, gather_sites, greet, save_pieces, ship_basis
+from fedllm.federation.outgoing import read_update, save_folded
+from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, amounts, example_count, number, pack, text
+from fedllm.federation.run import (
+    BASIS_FILE,
+    ServerRun,
+    counted,
+    gather_sites,
+    greet,
+    greet_again,
+    save_pieces,
+    ship_basis,
+)
 from fedllm.federation.site_privacy import book_release, private_outcome
 from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
@@ -59,6 +69,8 @@ def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
     ship_basis(run, grid)
     for round in range(run.next_round, run.config.federation.rounds + 1):
         greet(run, grid)
+        if round > run.next_round:
+            greet_again(run, grid)
         ship_basis(run, grid)
         _one_round(run, grid, strategy, round)
     _final_evaluation(run, grid)
@@ -155,10 +167,7 @@ class Intake:
             )
         weight = 1.0
         if run.config.strategy.weighting == "examples":
-            examples = number(reply.notes, "examples")
-            if not examples or examples < 1:
-                raise RunError(f"site {peer.name}: sent no number of examples.")
-            weight = examples
+            weight = float(example_count(reply.notes))
         return Update(site=peer.name, state=self.read(reply), weight=weight)
 
 
@@ -214,7 +223,11 @@ def _one_round(run: ServerRun, grid: Grid, strategy: Aggregator, round: int) -> 
         replies = second_stage(run, grid, replies, round)
     sent = sum(reply.bytes_up for reply in replies), sum(reply.bytes_down for reply in replies)
     intake = Intake(run=run, round=round, read=lambda reply: _read(run, reply, round))
-    _advance(run, _combine(run, strategy, intake, replies), plan)
+    outcome = _combine(run, strategy, intake, replies)
+    _require_finite(outcome.state.tensors, outcome.folded or {}, round=round)
+    _advance(run, outcome, plan)
+    # the server optimiser's step may overflow, too
+    _require_finite({**run.state.tensors, **run.moments}, {}, round=round)
     _checkpoint(run, round)
     append_event(
         run.folder,
@@ -297,6 +310,23 @@ def _advance(run: ServerRun, outcome: Outcome, plan: RoundPlan) -> None:
                 text=f"what is folded into the base passed rank {run.config.strategy.residual_cap} and was "
                 f"recompressed; {lost:.2%} of its energy was lost (strategy.residual_cap)",
             )
+
+
+def _require_finite(tensors: Mapping[str, np.ndarray], folded: Factors, *, round: int) -> None:
+    """Refuse what no later round could start from, before it is kept.
+
+    Raises
+    ------
+    RunError
+        Naming the round.
+    """
+    matrices = [*tensors.values(), *(matrix for pair in folded.values() for matrix in pair)]
+    if not all(np.isfinite(matrix).all() for matrix in matrices):
+        raise RunError(
+            f"round {round}: the replies combine to NaN or infinity, so the round is not kept; checkpoints "
+            "of earlier rounds are as they were. Look for a site with far too large updates, or lower "
+            "train.lr or strategy.server_lr in a new run."
+        )
 
 
 def _diagnose(run: ServerRun, updates: Sequence[Update], round: int) -> None:
@@ -387,6 +417,7 @@ def _export(run: ServerRun) -> None:
     """Write the adapter: as PEFT knows it where the server can, else its matrices alone."""
     folder = run.folder.adapter_dir
     save_state(run.state, folder, seed=run.seed)
+    save_folded(run.folded, folder)
     personal = run.plan(run.config.federation.rounds).personal
     if run.basis is not None and not personal and METHODS[run.spec.method].export != "base":
         name, folded = run.config.model.called, run.folded.factors()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -15,11 +16,16 @@ from fedllm.aggregation import RoundPlan
 from fedllm.aggregation.lowrank import LowRank, truncate
 from fedllm.aggregation.rule import start_for
 from fedllm.config import Config
+from fedllm.errors import RunError, WireError
 from fedllm.federation.blobs import digest, join_factors, pack_factors, read_factors
 from fedllm.federation.local import layout_of, restart_state, sends_changes, shared_names
 from fedllm.federation.records import ADAPTER, Note, Parts
+from fedllm.runs.folder import atomic_write
 from fedllm.training.spec import site_spec
 from fedllm.wire import decode, encode
+
+#: What rules have folded into the base, beside an exported adapter's own matrices.
+FOLDED_FILE = "fedllm_folded.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,37 @@ class Folded:
     def factors(self) -> Factors:
         """Return their sum: module path -> (U, D)."""
         return join_factors([read_factors(piece.payload, self.spec) for piece in self.pieces])
+
+
+def save_folded(folded: Folded, folder: Path) -> None:
+    """Write what was folded into the base beside an adapter's matrices: a later run goes on from both.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    if folded.pieces:
+        atomic_write(folder / FOLDED_FILE, _piece(folded.factors()).payload)
+
+
+def load_folded(spec: AdapterSpec, folder: Path) -> Folded:
+    """Return what :func:`save_folded` wrote; nothing where nothing was folded.
+
+    Raises
+    ------
+    RunError
+        If it is damaged, or not of the spec.
+    """
+    path = folder / FOLDED_FILE
+    try:
+        return Folded(spec=spec, pieces=[_piece(read_factors(path.read_bytes(), spec))])
+    except FileNotFoundError:
+        return Folded(spec=spec)
+    except (OSError, WireError) as error:
+        raise RunError(
+            f"adapter.init: {path} cannot be used ({error}); give the adapter folder of a finished run."
+        ) from None
 
 
 class Sender:

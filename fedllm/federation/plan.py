@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fedllm.adapters import METHODS
 from fedllm.aggregation import make_rule, require_compatible
 from fedllm.config import Config
 from fedllm.errors import ConfigError
+from fedllm.federation.makebasis import WITH_CORE
 from fedllm.models.load import load_config
 from fedllm.runs.tracking import require_trackers
 from fedllm.training.spec import adapter_spec
@@ -28,6 +30,7 @@ def check_recipe(config: Config) -> None:
             raise ConfigError(f"{key}: {error}") from None
     require_trackers(config)
     require_promises(config)
+    _require_start(config)
     if config.data.labelled and config.model.kind == "causal":
         _require_window(config)
 
@@ -39,6 +42,30 @@ def _require_window(config: Config) -> None:
         raise ConfigError(
             f"train.max_length={config.train.max_length}: the model attends to {window} tokens in some "
             f"layers, and labels are scored with the whole prompt in sight; set it to {window} at most."
+        )
+
+
+def _require_start(config: Config) -> None:
+    """Refuse an adapter to start from where sites would start from another one."""
+    mode, adapter, strategy = config.federation.mode, config.adapter, config.strategy
+    if mode == "local" and METHODS[adapter.method].has_basis and adapter.basis in WITH_CORE:
+        raise ConfigError(
+            f"adapter.basis={adapter.basis} brings a first R, and sites that share nothing "
+            "(federation.mode=local) start from zero; use adapter.basis=seeded or public-svd."
+        )
+    if not adapter.init:
+        return
+    plan = make_rule(config).plan(adapter_spec(config), 1)
+    if plan.restart:
+        raise ConfigError(
+            f"adapter.init: sites start anew every round with strategy.name={strategy.name}, and would "
+            "ignore it; go on from it with a rule that does not restart, such as fedex or flexlora."
+        )
+    if plan.personal:
+        kept = "federation.mode=local" if mode == "local" else f"strategy.name={strategy.name}"
+        raise ConfigError(
+            f"adapter.init: {kept} keeps {', '.join(plan.personal)} at the sites, which would start without "
+            "it; go on from it with a federation whose rule shares all it trains, such as fedit or fedex."
         )
 
 

@@ -99,6 +99,20 @@ def whole(notes: Mapping[str, Note], key: str, *, largest: int = 10**9) -> int:
     return value
 
 
+def example_count(notes: Mapping[str, Note]) -> int:
+    """Return the number of records a site says it trained on: its weight, so no more than can be true.
+
+    Raises
+    ------
+    WireError
+        If it is absent or not a whole number from 1.
+    """
+    count = whole(notes, "examples", largest=10**12)
+    if not count:
+        raise WireError("the note 'examples' is 0; a site without records has no weight.")
+    return count
+
+
 def amounts(notes: Mapping[str, Note], key: str, *, length: int) -> list[float] | None:
     """Return a note of another party that has to be ``length`` finite numbers from 0, None if it is absent.
 
@@ -115,6 +129,23 @@ def amounts(notes: Mapping[str, Note], key: str, *, length: int) -> list[float] 
     if not len(held) == len(found) == length:
         raise WireError(f"the note '{key}' is not a list of {length} finite numbers from 0.")
     return found
+
+
+def numbers(notes: Mapping[str, Note], key: str) -> tuple[float, ...]:
+    """Return a note of another party that has to be a list of finite numbers; empty if it is absent.
+
+    Raises
+    ------
+    WireError
+        If it is anything else.
+    """
+    value = notes.get(key, [])
+    if not isinstance(value, list):
+        raise WireError(f"the note '{key}' is not a list of finite numbers.")
+    found = [item for item in value if isinstance(item, float) and np.isfinite(item)]
+    if len(found) != len(value):
+        raise WireError(f"the note '{key}' is not a list of finite numbers.")
+    return tuple(found)
 
 
 def texts(notes: Mapping[str, Note], key: str) -> list[str]:

@@ -6,12 +6,14 @@ import json
 import math
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from fedllm.adapters import METHODS
@@ -21,12 +23,12 @@ from fedllm.adapters.state import AdapterSpec, AdapterState, require_same_layout
 from fedllm.aggregation import RoundPlan, Rule, ServerOptimizer, make_optimizer, make_rule
 from fedllm.aggregation.lowrank import Matrix64
 from fedllm.config import Config
-from fedllm.errors import FedllmError, MismatchError, RunError
+from fedllm.errors import FedllmError, MismatchError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.heads import LedgerHeads
 from fedllm.federation.makebasis import WITH_CORE, read_basis
-from fedllm.federation.outgoing import Folded, Piece, Sender
-from fedllm.federation.records import BASIS, Note, Parts, pack, text, whole
+from fedllm.federation.outgoing import Folded, Piece, Sender, load_folded
+from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, text, whole
 from fedllm.runs.checkpoints import latest_checkpoint
 from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write
@@ -38,6 +40,8 @@ BASIS_FILE = "fedllm_basis.safetensors"
 SHIPPED = "shipped:"
 #: Seconds a node gets to say who it is, where the run waits less for sites to join.
 HELLO_SECONDS = 300.0
+#: The same, for nodes that have not answered before.
+HELLO_AGAIN_SECONDS = 10.0
 
 
 @dataclass(kw_only=True)
@@ -69,6 +73,10 @@ class ServerRun:
         The largest norm of a site's change in the next round, where whole sites are private.
     tracking : Tracking
         Where finished rounds are shown beside the run's own files.
+    refused : dict[tuple[int, int], str]
+        (node, index) -> why its site did not join.
+    silent : set[tuple[int, int]]
+        Those of ``refused`` that have not answered at all, and may do so later.
     """
 
     config: Config
@@ -92,6 +100,7 @@ class ServerRun:
     simulated: bool = True
     peers: dict[str, Peer] = field(default_factory=dict)
     refused: dict[tuple[int, int], str] = field(default_factory=dict)
+    silent: set[tuple[int, int]] = field(default_factory=set)
     holders: set[str] = field(default_factory=set)
 
     @property
@@ -152,10 +161,12 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
     ------
     MismatchError
         If the adapter of ``adapter.init`` is not of the recipe's form.
+    RunError
+        If it is damaged or not whole.
     """
     spec = adapter_spec(config)
     seed = basis_seed(config)
-    state = METHODS[spec.method].initial_state(spec, seed=seed)
+    state, folded = METHODS[spec.method].initial_state(spec, seed=seed), Folded(spec=spec)
     if config.adapter.init:
         found, seed = load_state(Path(config.adapter.init))
         for name in ("method", "rank", "scale", "base"):
@@ -165,20 +176,22 @@ def start_run(config: Config, folder: RunFolder) -> ServerRun:
                     f"{getattr(spec, name)}."
                 )
         require_same_layout(state.layout, found.layout, site="adapter.init")
-        spec, state = found.spec, found
+        spec, state, folded = found.spec, found, load_folded(found.spec, Path(config.adapter.init))
+    basis = _known_basis(spec, Path(config.adapter.init) if config.adapter.init else folder.checkpoints_dir)
+    if config.adapter.init and basis is not None and spec.basis.startswith(SHIPPED):
+        # where a resume after the first round looks for it
+        _keep_basis(folder, basis)
     return ServerRun(
         clipping_norm=config.site_privacy.clipping_norm,
         rule=make_rule(config),
         optimizer=make_optimizer(config),
-        folded=Folded(spec=spec),
+        folded=folded,
         config=config,
         folder=folder,
         tracking=Tracking(folder),
         run_id=uuid.uuid4().hex[:12],
         spec=spec,
-        basis=_known_basis(
-            spec, Path(config.adapter.init) if config.adapter.init else folder.checkpoints_dir
-        ),
+        basis=basis,
         seed=seed,
         state=state,
     )
@@ -201,8 +214,10 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
 
     After the last round only the final evaluation and the export are left to do.
     """
-    run = start_run(config, folder)
     checkpoint, warnings = latest_checkpoint(folder)
+    # a checkpoint holds all that a run goes on from; what it began from may be gone or another one by now
+    run = start_run(config if checkpoint is None else config.replace(adapter__init=""), folder)
+    run.config = config
     for warning in warnings:
         append_event(folder, "warning", text=warning)
     started = [event for event in read_events(folder) if event["event"] == "run_started"]
@@ -240,11 +255,32 @@ def announce(run: ServerRun) -> None:
 
 
 def _known_basis(spec: AdapterSpec, folder: Path) -> Basis | None:
-    basis = basis_from_seed(spec)
-    path = folder / BASIS_FILE
-    if basis is None and path.is_file():
+    """Return the basis of a seed or a file; None where it is still to be made.
+
+    Raises
+    ------
+    RunError
+        If the spec names a basis that is not there: another one would not fit what was trained, and
+        making it may cost privacy.
+    """
+    basis, path = basis_from_seed(spec), folder / BASIS_FILE
+    if basis is not None:
+        return basis
+    try:
         basis = Basis.from_tensors(load_file(path))
+    except FileNotFoundError:
+        if spec.basis == SHIPPED:
+            return None
+        raise RunError(f"{path} is missing, and the adapter was trained with it; restore it.") from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); restore it.") from None
+    if spec.basis not in (SHIPPED, f"{SHIPPED}{basis.digest}"):
+        raise RunError(f"{path} is not the basis that the adapter was trained with; restore it.")
     return basis
+
+
+def _keep_basis(folder: RunFolder, basis: Basis) -> None:
+    atomic_write(folder.checkpoints_dir / BASIS_FILE, save(basis.tensors))
 
 
 def _take_basis(run: ServerRun, basis: Basis) -> None:
@@ -311,11 +347,9 @@ def greet(run: ServerRun, grid: Grid) -> None:
     new = [node for node in nodes if node not in known]
     if not new:
         return
-    taken = {peer.index for peer in run.peers.values()}
-    free = [index for index in range(run.config.federation.sites) if index not in taken]
-    replies = _hello(
-        run, grid, [Peer(name=f"node {n}", node=n, index=i) for n, i in zip(new, free, strict=False)]
-    )
+    free = _free_seats(run)
+    patience = max(run.config.federation.join_wait, HELLO_SECONDS)
+    replies = _hello(run, grid, _seated(new, free), patience=patience)
     for reply in replies:
         _welcome(run, reply)
     good = [reply for reply in replies if not reply.reason]
@@ -323,14 +357,40 @@ def greet(run: ServerRun, grid: Grid) -> None:
         # a simulation may have fewer nodes than sites: nodes are only workers there
         rest = free[len(replies) :]
         more = [Peer(name=f"site {i}", node=new[i % len(new)], index=i) for i in rest]
-        for reply in _hello(run, grid, more):
+        for reply in _hello(run, grid, more, patience=patience):
             _welcome(run, reply)
 
 
-def _hello(run: ServerRun, grid: Grid, peers: list[Peer]) -> list[Reply]:
+def greet_again(run: ServerRun, grid: Grid) -> None:
+    """Ask those who have not answered once more; what a site said itself is not asked for again.
+
+    They have had time to get ready, so that a round waits less for them than the start did.
+    """
+    connected = set(grid.get_node_ids())
+    silent = sorted(seat for seat in run.silent if seat[0] in connected)
+    peers = _seated([node for node, _ in silent], _free_seats(run))
+    for seat in silent[: len(peers)]:
+        run.silent.discard(seat)
+        del run.refused[seat]
+    if peers:
+        patience = max(run.config.federation.join_wait, HELLO_AGAIN_SECONDS)
+        for reply in _hello(run, grid, peers, patience=patience):
+            _welcome(run, reply)
+
+
+def _free_seats(run: ServerRun) -> list[int]:
+    taken = {peer.index for peer in run.peers.values()}
+    return [index for index in range(run.config.federation.sites) if index not in taken]
+
+
+def _seated(nodes: list[int], seats: list[int]) -> list[Peer]:
+    """Return a peer a node, as far as there are seats."""
+    return [Peer(name=f"node {n}", node=n, index=i) for n, i in zip(nodes, seats, strict=False)]
+
+
+def _hello(run: ServerRun, grid: Grid, peers: list[Peer], *, patience: float) -> list[Reply]:
     spec = run.spec.to_json()
     contents = [(peer, pack(run.notes(peer, spec=spec))) for peer in peers]
-    patience = max(run.config.federation.join_wait, HELLO_SECONDS)
     return counted(run, grid, contents, stage="hello", kind="query.hello", round=0, patience=patience)
 
 
@@ -366,41 +426,87 @@ def counted(
     return replies
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Hello:
+    """What a site says of itself."""
+
+    name: str
+    rank: int
+    projections: tuple[float, ...]
+    data: str
+    ledger_tag: str
+
+
+def _read_hello(run: ServerRun, notes: Notes) -> _Hello:
+    """Return a good reply's notes, every one of them checked before any is used.
+
+    Raises
+    ------
+    WireError
+        If one is not of the agreed form.
+    """
+    return _Hello(
+        name=text(notes, "site", limit=80),
+        rank=whole(notes, "rank", largest=run.spec.rank),
+        projections=numbers(notes, "projections"),
+        data=text(notes, "data", limit=64),
+        ledger_tag=text(notes, "ledger_tag", limit=16),
+    )
+
+
+def _require_fitting(run: ServerRun, hello: _Hello, *, simulated: bool) -> None:
+    """Refuse a site that cannot take part.
+
+    Raises
+    ------
+    MismatchError
+        Saying why.
+    """
+    name, rank = hello.name, hello.rank
+    if not name:
+        raise MismatchError("the site sent no name")
+    if name in run.peers:
+        raise MismatchError(f"site {name}: another node joined under this name")
+    if run.peers and simulated is not run.simulated:
+        raise MismatchError(f"site {name}: simulated and real sites do not train together")
+    if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
+        raise MismatchError(
+            f"site {name}: trains rank {rank}, and {run.rule.about.title} needs {run.spec.rank}"
+        )
+    if basis_from_seed(run.spec) is not None and run.basis is not None:
+        require_same_basis(projections(run.basis, seed=run.spec.basis), hello.projections, site=name)
+
+
 def _welcome(run: ServerRun, reply: Reply) -> None:
-    reason, name, rank = reply.reason, "", 0
+    """Take a site in, or set its node aside with the reason, whatever it sent."""
     simulated = reply.notes.get("simulated") is True
     try:
-        name = text(reply.notes, "site", limit=80)
-        if not reason:
-            if not name:
-                reason = "the site sent no name"
-            elif name in run.peers:
-                reason = f"site {name}: another node joined under this name"
-            elif run.peers and simulated is not run.simulated:
-                reason = f"site {name}: simulated and real sites do not train together"
-            else:
-                rank = whole(reply.notes, "rank", largest=run.spec.rank)
-                if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
-                    reason = (
-                        f"site {name}: trains rank {rank}, and {run.rule.about.title} needs {run.spec.rank}"
-                    )
-            if not reason and basis_from_seed(run.spec) is not None and run.basis is not None:
-                sent = reply.notes.get("projections")
-                values = tuple(float(value) for value in sent) if isinstance(sent, list) else ()
-                require_same_basis(projections(run.basis, seed=run.spec.basis), values, site=name)
+        if reply.reason:
+            raise MismatchError(reply.reason)
+        hello = _read_hello(run, reply.notes)
+        _require_fitting(run, hello, simulated=simulated)
     except FedllmError as error:
-        reason = str(error)
-    if reason:
-        run.refused[reply.peer.node, reply.peer.index] = reason
-        append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
+        _refuse(run, reply, str(error))
         return
+    name = hello.name
     run.simulated = simulated
-    run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=rank)
-    run.data[name] = text(reply.notes, "data", limit=64)
-    run.tags[name] = text(reply.notes, "ledger_tag", limit=16)
+    run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=hello.rank)
+    run.data[name] = hello.data
+    run.tags[name] = hello.ledger_tag
     if reply.notes.get("has_basis") is True:
         run.holders.add(name)
     append_event(run.folder, "site_joined", site=name, node=reply.peer.node, simulated=run.simulated)
+
+
+def _refuse(run: ServerRun, reply: Reply, reason: str) -> None:
+    name = ""
+    with suppress(WireError):
+        name = text(reply.notes, "site", limit=80)
+    seat = reply.peer.node, reply.peer.index
+    run.refused[seat] = reason
+    if not reply.notes:
+        run.silent.add(seat)
+    append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
 
 
 def ship_basis(run: ServerRun, grid: Grid) -> None:
@@ -419,14 +525,17 @@ def ship_basis(run: ServerRun, grid: Grid) -> None:
             peer = run.peers[name]
             asked = [(peer, pack(run.notes(peer, **run.seen(peer))))]
             (reply,) = counted(run, grid, asked, stage="basis", kind="query.make_basis", round=0)
-            run.note_head(reply)
-            if not reply.reason and BASIS in reply.parts:
+            try:
+                run.note_head(reply)
+                if reply.reason or BASIS not in reply.parts:
+                    raise WireError(reply.reason or "no payload")
                 _take_basis(run, read_basis(reply.parts[BASIS], run.spec, with_core=with_core))
                 break
-            append_event(run.folder, "warning", text=f"{name} made no basis: {reply.reason or 'no payload'}")
+            except (WireError, MismatchError) as error:
+                append_event(run.folder, "warning", text=f"{name} made no basis: {error}")
         if run.basis is None:
             raise RunError(f"no site could make the {run.config.adapter.basis} basis; see the warnings.")
-        atomic_write(run.folder.checkpoints_dir / BASIS_FILE, save(run.basis.tensors))
+        _keep_basis(run.folder, run.basis)
     lacking = [peer for name, peer in sorted(run.peers.items()) if name not in run.holders]
     if not lacking or not run.spec.basis.startswith(SHIPPED):
         return

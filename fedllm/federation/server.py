@@ -51,11 +51,15 @@ def _serve(asked: Config, grid: Grid) -> RunFolder:
         folder = open_run(asked.run.resume)
         with locked(folder):
             require_unfinished(folder)
-            return _work(load_config(folder), folder, grid, resume=True)
+            return _work(_placed(load_config(folder), folder), folder, grid, resume=True)
     folder = create_run(asked)
     with locked(folder):
-        config = replace(asked, run=replace(asked.run, dir=str(folder.path)))
-        return _work(config, folder, grid, resume=False)
+        return _work(_placed(asked, folder), folder, grid, resume=False)
+
+
+def _placed(config: Config, folder: RunFolder) -> Config:
+    """Return settings that name the folder where it is: simulated sites keep what is theirs there."""
+    return replace(config, run=replace(config.run, dir=str(folder.path)))
 
 
 def _work(config: Config, folder: RunFolder, grid: Grid, *, resume: bool) -> RunFolder:

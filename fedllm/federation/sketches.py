@@ -14,7 +14,7 @@ from fedllm.aggregation.spectral import range_of
 from fedllm.errors import FedllmError, WireError
 from fedllm.federation.exchange import Reply, exchange
 from fedllm.federation.local import layout_of, sketch_layout
-from fedllm.federation.records import ADAPTER, number, pack
+from fedllm.federation.records import ADAPTER, example_count, pack
 from fedllm.federation.run import ServerRun
 from fedllm.wire import decode, encode
 
@@ -80,7 +80,7 @@ def _sketch(run: ServerRun, reply: Reply) -> AdapterState:
 def _weight(run: ServerRun, reply: Reply) -> float:
     if run.config.strategy.weighting == "uniform":
         return 1.0
-    return number(reply.notes, "examples") or 0.0
+    return float(example_count(reply.notes))
 
 
 def _joined(first: Reply, second: Reply | None, basis: bytes) -> Reply:

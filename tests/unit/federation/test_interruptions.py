@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import httpx
 import numpy as np
 import pytest
 from flwr.app import Error, Message
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from fedllm.errors import RunError
 from fedllm.federation import server
 from fedllm.federation.inprocess import InProcessGrid
 from fedllm.federation.records import pack, unpack
+from fedllm.federation.run import BASIS_FILE
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder, locked, open_run
 
@@ -64,6 +66,42 @@ def test_a_run_goes_on_with_the_basis_it_had_before_its_first_checkpoint(
     assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("round", [1, 2])
+def test_a_run_that_began_from_an_adapter_resumes_with_that_adapters_basis(
+    federate: Any, resume: Any, events: Any, round: int, tmp_path: Path
+) -> None:
+    private = PRIVATE | {"adapter__basis": "dp-gradient", "adapter__basis_noise": 2.0}
+    first = federate(dir="first", adapter__basis_records=6, **private)
+    settings = private | {"adapter__init": str(first.adapter_dir), "adapter__basis_records": 6}
+    with pytest.raises(KeyboardInterrupt):
+        federate(stop_in_round(round), **settings)
+    basis = load_file(first.adapter_dir / BASIS_FILE)
+    if round == 2:
+        # after a round the run's own folder is enough
+        shutil.rmtree(first.path)
+    folder = resume(tmp_path / "run")
+    for name in ("site-0", "site-1", "site-2"):
+        entries = Ledger(folder.site_dir(name) / "ledger.sqlite").entries()
+        # round 0 is what making a basis costs
+        assert 0 not in [entry.round for entry in entries]
+    kept = load_file(folder.adapter_dir / BASIS_FILE)
+    assert all(np.array_equal(kept[key], value) for key, value in basis.items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_an_adapter_without_its_basis_is_refused(federate: Any, damage: str) -> None:
+    first = federate(dir="first", adapter__basis="public-svd", federation__rounds=1)
+    path = first.adapter_dir / BASIS_FILE
+    if damage == "other":
+        save_file({key: -value for key, value in load_file(path).items()}, path)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.unlink()
+    with pytest.raises(RunError, match=f"{BASIS_FILE} .*; restore it"):
+        federate(adapter__basis="public-svd", adapter__init=str(first.adapter_dir))
+
+
 def test_a_run_that_was_stopped_before_it_began_keeps_one_name(
     federate: Any, resume: Any, events: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -80,6 +118,27 @@ def test_a_run_that_was_stopped_before_it_began_keeps_one_name(
     folder = resume(tmp_path / "run")
     assert events(folder, "run_started") == [named]
     assert events(folder, "run_finished")
+
+
+@pytest.mark.parametrize("named", ["relative", "", "moved"])
+def test_simulated_sites_find_their_folders_on_resume_wherever_the_run_is(
+    federate: Any, resume: Any, events: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str
+) -> None:
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "home"))
+    settings = {"adapter__method": "lora", "strategy__name": "fedsa"} | PRIVATE
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            federate(stop_in_round(2), **settings, run__dir=named)
+    (begun,) = (tmp_path / "home" / "runs").iterdir() if not named else [tmp_path / named]
+    if named == "moved":
+        begun = begun.rename(tmp_path / "elsewhere")
+    folder = resume(begun)
+    entries = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()
+    # the round that was cut short stays booked
+    assert [entry.round for entry in entries] == [1, 2, 2]
+    assert all(event["accepted"] for event in events(folder, "site_reply"))
+    assert not (tmp_path / "moved").exists()
 
 
 def test_two_processes_never_work_on_one_run(federate: Any, resume: Any, tmp_path: Path) -> None:
@@ -132,6 +191,27 @@ def test_a_refused_node_that_came_first_does_not_end_the_run(federate: Any, even
     assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 3]
 
 
+@pytest.mark.parametrize("failing", ["once", "always"])
+def test_a_node_whose_hello_failed_is_greeted_again_in_the_next_round(
+    federate: Any, events: Any, failing: str
+) -> None:
+    failures: list[int] = []
+
+    def tamper(message: Message, reply: Message) -> Message:
+        asked = kind(message) == "query.hello" and message.metadata.dst_node_id == 2
+        if asked and (failing == "always" or not failures):
+            failures.append(2)
+            return Message(error=Error(code=0, reason="x"), reply_to=message)
+        return reply
+
+    folder = federate(tamper, federation__rounds=3)
+    # once at the start, and once before every later round
+    assert len(failures) == (1 if failing == "once" else 3)
+    accepted = [event["accepted"] for event in events(folder, "round_finished")]
+    assert accepted == ([2, 3, 3] if failing == "once" else [2, 2, 2])
+    assert [e["round"] for e in events(folder, "round_finished")] == [1, 2, 3]
+
+
 def test_a_node_that_only_says_it_is_simulated_is_refused(federate: Any, events: Any) -> None:
     def tamper(message: Message, reply: Message) -> Message:
         if kind(message) == "query.hello" and site_of(reply) == "site-2":
@@ -165,6 +245,54 @@ def test_no_site_speaks_for_anothers_ledger(federate: Any) -> None:
     heads = json.loads((folder.path / "ledger_heads.json").read_text())
     assert sorted(heads) == ["site-0/the same", "site-1/the same", "site-2/the same"]
     assert len(set(heads.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("note", "value"),
+    [
+        ("projections", ["near", "far"]),
+        ("projections", [float("nan")] * 4),
+        ("data", 5),
+        ("ledger_tag", [1, 2]),
+        ("site", 7),
+        ("rank", "three"),
+    ],
+)
+def test_a_hello_that_cannot_be_read_sets_its_node_alone_aside(
+    federate: Any, events: Any, note: str, value: Any
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello" and site_of(reply) == "site-1":
+            return changed(message, reply, **{note: value})
+        return reply
+
+    folder = federate(tamper, federation__rounds=1)
+    (warning,) = events(folder, "warning")
+    assert f"set aside: the note '{note}' is not" in warning["text"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [2]
+
+
+@pytest.mark.parametrize("damage", ["payload", "numbers", "ledger"])
+def test_a_damaged_basis_is_set_aside_and_the_next_site_makes_one(
+    federate: Any, events: Any, damage: str
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) != "query.make_basis" or site_of(reply) != "site-0":
+            return reply
+        notes, parts = unpack(reply.content)
+        payload = parts["basis"]
+        if damage == "payload":
+            payload = payload[:-9]
+        if damage == "numbers":
+            payload = payload[:-4] + np.float32(np.inf).tobytes()
+        if damage == "ledger":
+            notes["ledger"] = 5
+        return Message(pack(notes, {"basis": payload}), reply_to=message)
+
+    folder = federate(tamper, federation__rounds=1, adapter__basis="public-svd")
+    (warning,) = events(folder, "warning")
+    assert warning["text"].startswith("site-0 made no basis: the ")
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [3]
 
 
 class PickyGrid(InProcessGrid):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
 from fedllm.adapters.state import AdapterState
-from fedllm.aggregation import RULES
+from fedllm.aggregation import RULES, Outcome
 from fedllm.aggregation.lowrank import LowRank, svd
 from fedllm.config import Config
 from fedllm.errors import ConfigError, MismatchError, RunError, WireError
@@ -27,17 +27,20 @@ from fedllm.federation.blobs import BlobStore, digest
 from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter, export_gguf, export_merged
 from fedllm.federation.plan import check_recipe
-from fedllm.federation.records import unpack
+from fedllm.federation.records import pack, unpack
 from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
 from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES
 from fedllm.wire import encode_with_feedback
 from strategies import STRATEGIES as CLASSES
+from strategies.base import AdapterStrategy
 
 RANK = 3
 PRIVATE = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
 DOWN = ("int4", "topk:0.25")
+#: Settings under which training changes nothing that a score would show.
+STILL = {"train__lr": 1e-12, "evaluation__every": 0}
 ADAPTER_OF = {"ffa": "ffa", "fed-sb": "fed-sb", "ravan": "ravan", "average": "hydra"}
 
 
@@ -348,6 +351,100 @@ def test_a_sketch_without_its_second_stage_is_set_aside(federate: Any, events: A
 
     folder = federate(tamper, **options("fedask"))
     assert [event["accepted"] for event in events(folder, "round_finished")] == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["fed-sb", "fedask"])
+@pytest.mark.parametrize("examples", [1e308, 10**13, 0, "many"])
+def test_a_site_weighs_no_more_records_than_can_be(
+    name: str, examples: Any, federate: Any, events: Any
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        notes, parts = unpack(reply.content)
+        if message.metadata.message_type == "train" and notes["site"] == "site-2":
+            return Message(pack(notes | {"examples": examples}, parts), reply_to=message)
+        return reply
+
+    folder = federate(tamper, federation__rounds=1, strategy__weighting="examples", **options(name))
+    (refused,) = [event for event in events(folder, "site_reply") if not event["accepted"]]
+    assert refused["site"] == "site-2"
+    assert "the note 'examples' is" in refused["reason"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [2]
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_a_run_goes_on_from_what_another_folded_into_the_base(
+    name: str, federate: Any, resume: Any, events: Any
+) -> None:
+    first = federate(dir="first", **options(name))
+    settings = options("fedex") | {"adapter__init": str(first.adapter_dir)}
+    whole = federate(dir="second", **settings)
+    before = {e["site"]: e["loss"] for e in events(first, "evaluated") if e["stage"] == "final"}
+    start = {
+        e["site"]: e["loss"]
+        for e in events(federate(dir="same", **settings, **STILL), "evaluated")
+        if e["stage"] == "final"
+    }
+    assert start == pytest.approx(before, rel=1e-6)
+    with pytest.raises(KeyboardInterrupt):
+        federate(interrupted(2), **settings)
+    resumed = resume(whole.path.parent / "run")
+    left, right = exported(whole), exported(resumed)
+    assert all(np.array_equal(left[m].up @ left[m].down, right[m].up @ right[m].down) for m in left)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy.name": "flora", "adapter.init": "x"}, "ignore it; go on from it with a rule"),
+        (
+            {"strategy.name": "florist", "adapter.init": "x"},
+            "start anew every round with strategy.name=florist",
+        ),
+        ({"strategy.name": "fedsa", "adapter.init": "x"}, "strategy.name=fedsa keeps B at the sites"),
+        ({"federation.mode": "local", "adapter.init": "x"}, "federation.mode=local keeps A, B at the sites"),
+        (
+            {
+                "federation.mode": "local",
+                "adapter.method": "fed-sb",
+                "strategy.name": "fed-sb",
+                "adapter.basis": "gradient",
+                "adapter.allow_private_basis": True,
+            },
+            "adapter.basis=gradient brings a first R",
+        ),
+    ],
+)
+def test_a_start_that_sites_would_not_make_is_refused(settings: dict[str, Any], message: str) -> None:
+    values = {"model.name": "tiny-llama", "adapter.method": "lora", "strategy.name": "fedit"}
+    with pytest.raises(ConfigError, match=message):
+        check_recipe(Config.from_flat(values | settings))
+
+
+@pytest.mark.parametrize("where", ["state", "folded"])
+def test_an_outcome_that_is_not_finite_is_never_kept(
+    where: str, federate: Any, resume: Any, events: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = AdapterStrategy.aggregate
+
+    def overflow(self: Any, current: Any, updates: Any, *, round: int) -> Outcome:
+        outcome = real(self, current, updates, round=round)
+        if round == 1:
+            return outcome
+        if where == "state":
+            huge = {key: np.full_like(value, np.inf) for key, value in outcome.state.tensors.items()}
+            return Outcome(state=outcome.state.with_tensors(huge))
+        assert outcome.folded
+        return Outcome(
+            state=outcome.state, folded={m: (up * np.nan, down) for m, (up, down) in outcome.folded.items()}
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterStrategy, "aggregate", overflow)
+        with pytest.raises(RunError, match="round 2: the replies combine to NaN or infinity"):
+            federate(**options("fedex"))
+    folder = resume(tmp_path / "run")
+    assert [event["round"] for event in events(folder, "checkpoint_saved")] == [1, 2]
+    assert events(folder, "run_finished")
 
 
 def test_diagnostics_are_logged_in_factors(federate: Any, events: Any) -> None:
