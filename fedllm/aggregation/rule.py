@@ -212,7 +212,7 @@ def factors(spec: AdapterSpec, found: Products, *, current: AdapterState | None 
         padded = term.padded(spec.rank)
         ups, downs = padded.up[:, : spec.rank], padded.down[: spec.rank]
         if current is not None:
-            empty = ~(ups.any(axis=0) | downs.any(axis=1))
+            empty = ~np.atleast_1d(ups.any(axis=0) | downs.any(axis=1))
             downs = np.where(empty[:, None], current.tensors[f"{module}.{down}"], downs)
         tensors[f"{module}.{up}"] = (ups / spec.scale).astype(np.float32)
         tensors[f"{module}.{down}"] = downs.astype(np.float32)
