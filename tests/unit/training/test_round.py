@@ -423,16 +423,6 @@ def test_the_largest_pass_is_taken_before_any_record_is_drawn(
     assert [160] * 4 not in passes
 
 
-def test_schedule_runs_over_the_whole_run() -> None:
-    train = Config.from_flat({"train.lr": 1.0, "train.warmup": 0.2}).train
-    rates = [learning_rate(train, step=step, total=10) for step in range(10)]
-    assert rates[:2] == [0.5, 1.0]
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert rates[-1] < 0.05
-    constant = Config.from_flat({"train.lr": 1.0, "train.schedule": "constant"}).train
-    assert {learning_rate(constant, step=step, total=10) for step in range(10)} == {1.0}
-
-
 def test_frozen_fingerprint_ignores_the_adapter_only() -> None:
     _, session, _, _ = make()
     before = round_module.frozen_fingerprint(session, session.parameters)
@@ -607,10 +597,3 @@ def test_the_length_of_a_record_changes_nothing_for_the_others() -> None:
     assert any(value.any() for value in one.values())
     for key, value in both.items():
         assert torch.allclose(value, one[key] + other[key], atol=1e-7), key
-
-
-def test_records_of_a_pass_have_one_padded_length() -> None:
-    units = [[Encoded((1,) * size, (2,), truncated=False)] for size in (30, 3, 7, 8, 15, 16, 30, 31)]
-    chunks = list(steps.unit_batches(units, 2, padding=8))
-    lengths = [[unit[0].length for unit in chunk] for chunk in chunks]
-    assert lengths == [[4, 8], [9, 16], [17], [31, 31], [32]]
