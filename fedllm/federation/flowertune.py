@@ -153,7 +153,9 @@ def evaluate_run(
         adapter = write_adapter(folder, Path(scratch) / "adapter", site=site)
         asked = {task.name: questions(task, _rows(task, file)[: limit or None]) for task in tasks}
         tokenizer = load_tokenizer(config.model)
-        model = PeftModel.from_pretrained(load_base(config.model), adapter).eval()
+        base = load_base(config.model)
+        with quiet():
+            model = PeftModel.from_pretrained(base, adapter).eval()
     results = []
     with quiet(), torch.no_grad(), model.disable_adapter() if untuned else nullcontext():
         for task in tasks:

@@ -18,6 +18,7 @@ from fedllm.federation.cards import run_card
 from fedllm.models.gguf_file import QUANTIZATIONS, require_llama, write_gguf
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.models.load import load_config as load_model_config
+from fedllm.models.quiet import quiet
 from fedllm.runs.folder import RunFolder, load_config, open_run
 from fedllm.runs.manifest import settings_of
 from fedllm.settings import DataSettings
@@ -170,7 +171,9 @@ def tuned_model(folder: Path, *, site: str = "") -> PeftModel:
     labels = len(public_labels(config.data)) if config.model.kind == "encoder" else 0
     with TemporaryDirectory() as scratch:
         adapter = write_adapter(folder, Path(scratch) / "adapter", site=site)
-        return PeftModel.from_pretrained(load_base(config.model, labels=labels), adapter).eval()
+        base = load_base(config.model, labels=labels)
+        with quiet():
+            return PeftModel.from_pretrained(base, adapter).eval()
 
 
 def require_pair(folder: Path, data: DataSettings, pair: str) -> None:
