@@ -126,7 +126,7 @@ class Job:
 
 def _same_records(run: RunFolder, config: Config) -> bool:
     """Return whether a run had the records that its file has now; a file that is older has them."""
-    from fedllm.data.sites import simulated_site
+    from fedllm.data.sites import simulated_sites
 
     path, manifest = Path(config.data.path).expanduser(), read_manifest(run)
     if not path.is_file() or manifest is None:
@@ -134,10 +134,7 @@ def _same_records(run: RunFolder, config: Config) -> bool:
     if path.stat().st_mtime <= datetime.fromisoformat(manifest["time"]).timestamp():
         return True
     sites, pooled = config.federation.sites, config.federation.mode == "central"
-    found = (
-        simulated_site(config.data, sites=sites, seed=config.run.seed, index=index, pooled=pooled)
-        for index in range(sites)
-    )
+    found = simulated_sites(config.data, sites=sites, seed=config.run.seed, pooled=pooled)
     return bool({site.name: site.fingerprint for site in found} == manifest["data"])
 
 

@@ -127,10 +127,12 @@ def simulated_site(
     return dataclasses.replace(whole, own_labels=tuple(example.label for example in own.train))
 
 
-def simulated_sites(data: DataSettings, *, sites: int, seed: int, fold: str = "test") -> Iterator[SiteData]:
+def simulated_sites(
+    data: DataSettings, *, sites: int, seed: int, fold: str = "test", pooled: bool = False
+) -> Iterator[SiteData]:
     """Yield the shares of all simulated sites, in order; see :func:`simulated_site`."""
     for index in range(sites):
-        yield simulated_site(data, sites=sites, seed=seed, index=index, fold=fold)
+        yield simulated_site(data, sites=sites, seed=seed, index=index, fold=fold, pooled=pooled)
 
 
 def site_from_file(

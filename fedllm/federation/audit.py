@@ -261,12 +261,11 @@ def _leaving(config: Config) -> Check:
     """List what a reply may carry beside the update, and let a site answer with each value it may not."""
     public = config.data.heldout_public
     closed = [] if public else [name for name, release in RELEASES.items() if release.treatment == "public"]
-    for name in [*_PRIVATE_VALUES, *closed]:
-        with TemporaryDirectory() as folder:
-            inside = replace(config, run=replace(config.run, dir=folder))
-            reply, _ = reply_with(inside, {name: 1.0})
-        if name in reply:
-            return Check("what leaves", False, f"'{name}' left a site that was made to answer with it")
+    with TemporaryDirectory() as folder:
+        inside = replace(config, run=replace(config.run, dir=folder))
+        for name in [*_PRIVATE_VALUES, *closed]:
+            if name in reply_with(inside, {name: 1.0})[0]:
+                return Check("what leaves", False, f"'{name}' left a site that was made to answer with it")
     names = [
         n for n, r in RELEASES.items() if r.treatment != "simulated" and (public or r.treatment != "public")
     ]

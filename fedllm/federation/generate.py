@@ -58,8 +58,7 @@ def write_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
             (target / file.name).write_bytes(file.read_bytes())
         return target
     state, _ = load_state(source)
-    personal = make_rule(config).plan(state.spec, config.federation.rounds).personal
-    if not site and (personal or state.spec.method not in ("hydra", "dora")):
+    if not site and (make_rule(config).about.personal or state.spec.method not in ("hydra", "dora")):
         raise RunError(f"{run.path}: every site has an adapter of its own; name one with --site.")
     labels = max((out for out, _ in state.spec.head.values()), default=0)
     base = load_base(config.model, labels=labels)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fedllm.config import Config
 from fedllm.data.encode import Encoded, collate, collate_classes
 from fedllm.data.order import batch_indices
-from fedllm.data.sites import simulated_site
+from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, DataError
 from fedllm.federation.generate import tuned_model
 from fedllm.federation.site import training_config
@@ -110,14 +110,8 @@ def attack_membership(folder: Path, *, records: int = 500) -> Membership:
     other: list[Encoded] = []
     shares: list[float] = []
     rounds = _trained_rounds(read_events(run))
-    for index in range(config.federation.sites):
-        data = simulated_site(
-            config.data,
-            sites=config.federation.sites,
-            seed=config.run.seed,
-            index=index,
-            pooled=config.federation.mode == "central",
-        )
+    sites, pooled = config.federation.sites, config.federation.mode == "central"
+    for data in simulated_sites(config.data, sites=sites, seed=config.run.seed, pooled=pooled):
         tokens = tokenise(data, config)
         other += tokens.heldout[:records]
         if data.name in rounds:

@@ -78,7 +78,7 @@ def require_promises(config: Config) -> None:
         Naming the settings and the reason.
     """
     require_compatible(config)
-    if config.site_privacy.at_sites and make_rule(config).plan(adapter_spec(config), 1).personal:
+    if config.site_privacy.at_sites and make_rule(config).about.personal:
         raise ConfigError(
             f"strategy.name={config.strategy.name} keeps matrices at the sites, which "
             "site_privacy.noise_at=sites does not hide and a site's metrics would tell of; use a "
