@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedllm.cli.recipes import Overrides
-from fedllm.cli.tables import HEADINGS, Event, LiveRounds, final_table
+from fedllm.cli.tables import Event, LiveRounds, final_table
 from fedllm.config import Config, parse_overrides, read_toml
 from fedllm.errors import ConfigError, FedllmError, RunError
 from fedllm.resources import find_recipe
@@ -144,15 +144,17 @@ class Watch:
         """Show events until the run ends or nothing runs any more."""
         from fedllm.runs.events import follow_events
 
-        if not console.is_terminal:
-            console.print("  ".join(HEADINGS))
         with Live(console=console, refresh_per_second=2) if console.is_terminal else nullcontext() as live:
             for event in follow_events(folder, lambda: self.finished or not running()):
-                if datetime.fromisoformat(event["time"]).timestamp() < self._began - 1:
+                # of a resumed run's past only its settings count here
+                past = datetime.fromisoformat(event["time"]).timestamp() < self._began - 1
+                if past and event["event"] != "run_started":
                     continue
                 row = self._take(event)
                 if live is not None:
                     live.update(self.rounds.render())
+                elif event["event"] == "run_started":
+                    console.print("  ".join(self.rounds.headings))
                 elif row is not None:
                     console.print("  ".join(row))
 

@@ -14,6 +14,8 @@ from fedllm.runs.sites import largest_epsilon, spread
 from fedllm.runs.whole_sites import whole_sites_spent
 
 Event = Mapping[str, Any]
+#: Columns of the live table; accuracy is left out where a task has none.
+HEADINGS = ("round", "sites", "loss", "accuracy", "epsilon of each site", "up", "down", "seconds")
 
 
 def bytes_text(count: float) -> str:
@@ -35,6 +37,7 @@ class LiveRounds:
     def __init__(self) -> None:
         self.rows: list[list[str]] = []
         self.private = False
+        self.headings: tuple[str, ...] = HEADINGS
         self.status = "waiting for the server"
         self._replies: list[Event] = []
         self._total = 0
@@ -44,6 +47,8 @@ class LiveRounds:
         name = event["event"]
         if name == "run_started":
             self.private = Config.from_flat(event["config"]).private_replies
+            if "accuracy" not in _pair([event]).names:
+                self.headings = tuple(name for name in HEADINGS if name != "accuracy")
             self._total = event["rounds"]
             self.status = "sites are joining"
         elif name == "round_started":
@@ -72,7 +77,7 @@ class LiveRounds:
             return format(sum(values) / len(values), form) if values else absent
 
         spent = [f"{reply['epsilon']:.2f}" for reply in good if reply["epsilon"] is not None]
-        return [
+        cells = (
             str(event["round"]),
             f"{event['accepted']}/{len(self._replies)}",
             mean("loss", ".3f"),
@@ -81,19 +86,17 @@ class LiveRounds:
             bytes_text(event["bytes_up"]),
             bytes_text(event["bytes_down"]),
             f"{event['seconds']:.0f}",
-        ]
+        )
+        return [cell for name, cell in zip(HEADINGS, cells, strict=True) if name in self.headings]
 
     def render(self) -> Table:
         """Return the table so far."""
         table = Table(caption=self.status, caption_justify="left", box=None, pad_edge=False)
-        for column in HEADINGS:
+        for column in self.headings:
             table.add_column(column, justify="right")
         for row in self.rows:
             table.add_row(*row)
         return table
-
-
-HEADINGS = ("round", "sites", "loss", "accuracy", "epsilon of each site", "up", "down", "seconds")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedllm.errors import DataError
@@ -66,10 +66,11 @@ _MEDQA = (
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt, ready for the tokenizer, and the answer that is right."""
+    """A prompt, ready for the tokenizer, the answer that is right, and a multiple choice's texts from A on."""
 
     prompt: str
     gold: str
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ def questions(task: Task, rows: Sequence[Row]) -> list[Question]:
     return found
 
 
-def leaderboard_verdict(task: Task, answer: str, gold: str) -> Verdict:
+def leaderboard_verdict(task: Task, answer: str, question: Question) -> Verdict:
     """Score an answer as the leaderboard does.
 
     Parameters
@@ -151,9 +152,10 @@ def leaderboard_verdict(task: Task, answer: str, gold: str) -> Verdict:
     answer : str
         Finance: prompt and answer as decoded. Medical: the answer alone.
 
-    >>> leaderboard_verdict(TASKS["fpb"], "Answer: no idea", "neutral")
+    >>> leaderboard_verdict(TASKS["fpb"], "Answer: no idea", Question(prompt="", gold="neutral"))
     Verdict(right=True, read=False)
     """
+    gold = question.gold
     if task.kind == "sentiment":
         parts = answer.split("Answer: ")
         said = parts[1] if len(parts) > 1 else "None"
@@ -171,26 +173,41 @@ def leaderboard_verdict(task: Task, answer: str, gold: str) -> Verdict:
     return Verdict((said if read else whole) == gold.lower(), read or whole == gold.lower())
 
 
-def fixed_verdict(task: Task, answer: str, gold: str) -> Verdict:
+def fixed_verdict(task: Task, answer: str, question: Question) -> Verdict:
     """Score an answer by the first label, or the one letter, that it names.
 
     An answer that names no label is unread, and so wrong; one that names two different letters is, too.
+    Where an option's text stands in a letter's place, as "E. coli" may, that option is named.
 
     Parameters
     ----------
     answer : str
         Without the prompt.
 
-    >>> fixed_verdict(TASKS["medqa"], "The answer is B.", "B"), fixed_verdict(TASKS["medqa"], "B or C", "B")
-    (Verdict(right=True, read=True), Verdict(right=False, read=False))
+    >>> asked = Question(prompt="", gold="B", options=("S. aureus", "E. coli"))
+    >>> [fixed_verdict(TASKS["medqa"], said, asked) for said in ("The answer is B.", "E. coli", "A or B")]
+    [Verdict(right=True, read=True), Verdict(right=True, read=True), Verdict(right=False, read=False)]
     """
     if task.kind == "choice":
-        named = {letter.lower() for letter in _LETTER.findall(answer)}
+        named = {
+            _spelt(answer[found.start(1) :], question.options) or found[1].lower()
+            for found in _LETTER.finditer(answer)
+        }
         said = named.pop() if len(named) == 1 else ""
     else:
         found = re.search(rf"\b({'|'.join(_WORDS[task.kind])})\b", answer, re.IGNORECASE)
         said = found[1].lower() if found is not None else ""
-    return Verdict(said == gold.lower(), read=bool(said))
+    return Verdict(said == question.gold.lower(), read=bool(said))
+
+
+def _spelt(answer: str, options: Sequence[str]) -> str:
+    """Return the letter of the longest option that an answer begins with; one of one sign is no text."""
+    found = [
+        (-len(option), chr(ord("a") + place))
+        for place, option in enumerate(options)
+        if len(option) > 1 and re.match(rf"{re.escape(option)}(?!\w)", answer, re.IGNORECASE)
+    ]
+    return min(found)[1] if found else ""
 
 
 def _sentiment(text: str) -> str:
@@ -234,7 +251,9 @@ def _choice(instruction: str, question: str, options: Sequence[str], gold: str) 
     if not question.endswith(("?", ".")):
         question += "?"
     listed = "\n".join(f"{chr(ord('A') + place)}. {option}" for place, option in enumerate(options))
-    return _medical(instruction, f"Question: {question}\n\nOptions:\n{listed}", gold)
+    return replace(
+        _medical(instruction, f"Question: {question}\n\nOptions:\n{listed}", gold), options=tuple(options)
+    )
 
 
 def _listed(value: object) -> list[Any]:

@@ -163,9 +163,7 @@ def evaluate_run(
             verdict = leaderboard_verdict if mode == "leaderboard" else fixed_verdict
             found = asked[task.name]
             said = answers(model, tokenizer, task, found)
-            verdicts = [
-                verdict(task, text, question.gold) for text, question in zip(said, found, strict=True)
-            ]
+            verdicts = [verdict(task, text, question) for text, question in zip(said, found, strict=True)]
             results.append(
                 Result(
                     task=task.name,

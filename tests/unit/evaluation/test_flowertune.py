@@ -11,6 +11,7 @@ from fedllm.errors import DataError
 from fedllm.evaluation.flowertune import (
     TASKS,
     Verdict,
+    Question,
     fixed_verdict,
     leaderboard_verdict,
     questions,
@@ -128,7 +129,7 @@ def test_a_missing_answer_among_options_is_an_error_and_no_silence() -> None:
     ],
 )
 def test_the_leaderboard_reads_sentiments(answer: str, gold: str, expected: Verdict) -> None:
-    assert leaderboard_verdict(TASKS["fiqa"], answer, gold) == expected
+    assert leaderboard_verdict(TASKS["fiqa"], answer, Question(prompt="", gold=gold)) == expected
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_the_leaderboard_reads_sentiments(answer: str, gold: str, expected: Verd
     ],
 )
 def test_the_leaderboard_reads_medical_answers(task: str, answer: str, gold: str, expected: Verdict) -> None:
-    assert leaderboard_verdict(TASKS[task], answer, gold) == expected
+    assert leaderboard_verdict(TASKS[task], answer, Question(prompt="", gold=gold)) == expected
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_the_leaderboard_reads_medical_answers(task: str, answer: str, gold: str
 def test_mended_an_answer_counts_only_if_it_names_a_label(
     task: str, answer: str, gold: str, expected: Verdict
 ) -> None:
-    assert fixed_verdict(TASKS[task], answer, gold) == expected
+    assert fixed_verdict(TASKS[task], answer, Question(prompt="", gold=gold)) == expected
 
 
 @pytest.mark.parametrize(
@@ -205,8 +206,8 @@ def test_mended_an_answer_counts_only_if_it_names_a_label(
     ],
 )
 def test_mended_an_answer_may_name_its_letter_in_many_ways(answer: str) -> None:
-    assert fixed_verdict(TASKS["medqa"], answer, "B") == Verdict(True, True)
-    assert fixed_verdict(TASKS["medqa"], answer, "C") == Verdict(False, True)
+    assert fixed_verdict(TASKS["medqa"], answer, Question(prompt="", gold="B")) == Verdict(True, True)
+    assert fixed_verdict(TASKS["medqa"], answer, Question(prompt="", gold="C")) == Verdict(False, True)
 
 
 @pytest.mark.parametrize(
@@ -235,4 +236,24 @@ def test_mended_an_answer_may_name_its_letter_in_many_ways(answer: str) -> None:
 )
 def test_mended_no_letter_or_two_are_unread(answer: str) -> None:
     for gold in "ABC":
-        assert fixed_verdict(TASKS["medqa"], answer, gold) == Verdict(False, False)
+        assert fixed_verdict(TASKS["medqa"], answer, Question(prompt="", gold=gold)) == Verdict(False, False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("E. coli", "B"),
+        ("e. coli is the commonest cause", "B"),
+        ("The answer is E. coli.", "B"),
+        ("E. coli K1", "C"),
+        ("E. histolytica", "E"),
+        ("B. E. coli", "B"),
+        ("B. B", "B"),
+        ("The answer is B", "B"),
+    ],
+)
+def test_mended_an_option_whose_text_begins_like_a_letter_is_that_option(answer: str, said: str) -> None:
+    options = ("B", "E. coli", "E. coli K1", "A virus", "histolytica")
+    for gold in "ABCDE":
+        asked = Question(prompt="", gold=gold, options=options)
+        assert fixed_verdict(TASKS["medqa"], answer, asked) == Verdict(gold == said, True)

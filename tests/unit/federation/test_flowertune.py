@@ -75,9 +75,9 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     said: list[str] = []
 
     def watched(verdict: Callable[..., Verdict]) -> Callable[..., Verdict]:
-        def score(task: Task, text: str, gold: str) -> Verdict:
+        def score(task: Task, text: str, question: Question) -> Verdict:
             said.append(text)
-            return verdict(task, text, gold)
+            return verdict(task, text, question)
 
         return score
 
