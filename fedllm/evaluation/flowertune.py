@@ -66,7 +66,7 @@ _MEDQA = (
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt, ready for the tokenizer, the answer that is right, and a multiple choice's texts from A on."""
+    """A prompt, ready for the tokenizer, the right answer, and a multiple choice's texts from A on."""
 
     prompt: str
     gold: str

@@ -11,7 +11,14 @@ from fedllm.config import Config
 from fedllm.settings import DataSettings, TrainSettings
 
 REPLY = {"event": "site_reply", "accepted": True, "loss": 1.5, "accuracy": None, "epsilon": None}
-FINISHED = {"event": "round_finished", "round": 1, "accepted": 1, "bytes_up": 10, "bytes_down": 20, "seconds": 3}
+FINISHED = {
+    "event": "round_finished",
+    "round": 1,
+    "accepted": 1,
+    "bytes_up": 1,
+    "bytes_down": 2,
+    "seconds": 3,
+}
 
 
 @pytest.mark.parametrize(
@@ -19,7 +26,10 @@ FINISHED = {"event": "round_finished", "round": 1, "accepted": 1, "bytes_up": 10
     [
         (Config(), True),
         (Config(data=DataSettings(task="generate")), False),
-        (Config(data=DataSettings(task="generate", rejected="no"), train=TrainSettings(objective="dpo")), True),
+        (
+            Config(data=DataSettings(task="generate", rejected="no"), train=TrainSettings(objective="dpo")),
+            True,
+        ),
     ],
 )
 def test_a_task_without_labels_has_no_column_of_accuracy(config: Config, accuracy: bool) -> None:

@@ -10,8 +10,8 @@ import pytest
 from fedllm.errors import DataError
 from fedllm.evaluation.flowertune import (
     TASKS,
-    Verdict,
     Question,
+    Verdict,
     fixed_verdict,
     leaderboard_verdict,
     questions,
