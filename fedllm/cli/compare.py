@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 from fedllm.cli.comparison import nearest, read_comparison
 from fedllm.cli.jobs import Comparison, Job, core_shares, plan, run_all
 from fedllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedllm.runs.outcomes import Outcome
 
 console = Console(highlight=False)
 
@@ -34,6 +37,9 @@ def compare(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", help="Runs side by side; each gets its part of the cores.")
     ] = 1,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write table and picture from this compare.csv; run nothing.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and list the runs; run nothing.")
     ] = False,
@@ -78,6 +84,9 @@ def compare(
     planned = plan(comparison, file, folder)
     wanted = _only(planned, only or [], file)
     chance = _chance(comparison, planned, file)
+    if figures is not None:
+        _write(comparison, planned, folder, chance=chance, source=file.read_bytes(), figures=figures)
+        return
     states = {job.name: job.state() for job in planned}
     if comparison.minutes:
         console.print(f"about {comparison.minutes:g} min when nothing has been run", markup=False)
@@ -100,36 +109,39 @@ def compare(
 
 
 def _write(
-    comparison: Comparison, jobs: Sequence[Job], folder: Path, *, chance: dict[str, float], source: bytes
+    comparison: Comparison,
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    chance: dict[str, float],
+    source: bytes,
+    figures: Path | None = None,
 ) -> None:
     from fedllm.runs.compare import columns, row_cells, write_comparison
-    from fedllm.runs.folder import open_run
     from fedllm.runs.manifest import config_digest
-    from fedllm.runs.outcomes import read_outcome
 
-    done = [job for job in jobs if job.state() == "finished"]
+    done = _finished(jobs, comparison.metric) if figures is None else _read(jobs, figures)
     if not done:
         console.print("no run has finished; there is nothing to compare")
         return
+    folder.mkdir(parents=True, exist_ok=True)
     rows = write_comparison(
         folder,
-        [
-            read_outcome(
-                open_run(job.folder),
-                group=job.group,
-                method=job.cell,
-                seed=job.seed,
-                metric=comparison.metric,
-            )
-            for job in done
-        ],
+        list(done.values()),
         title=comparison.title,
         metric=comparison.metric,
         baselines=comparison.baselines,
         chance=chance,
-        missing=[job.name for job in jobs if job not in done],
+        missing=[job.name for job in jobs if job.name not in done],
         source=source,
-        digests={job.folder.relative_to(folder).as_posix(): config_digest(job.config) for job in done},
+        # of figures alone nobody knows the settings they came from
+        digests={}
+        if figures is not None
+        else {
+            job.folder.relative_to(folder).as_posix(): config_digest(job.config)
+            for job in jobs
+            if job.name in done
+        },
     )
     for group in dict.fromkeys(row.group for row in rows):
         title = group if len(comparison.groups) > 1 else comparison.title
@@ -144,6 +156,30 @@ def _write(
     console.print(
         f"\ntable:   {folder / 'compare.md'}\npicture: {folder / 'compare.png'}", soft_wrap=True, markup=False
     )
+
+
+def _finished(jobs: Sequence[Job], metric: str) -> dict[str, Outcome]:
+    """Return what the runs measured that have finished, by their names."""
+    from fedllm.runs.folder import open_run
+    from fedllm.runs.outcomes import read_outcome
+
+    return {
+        job.name: read_outcome(
+            open_run(job.folder), group=job.group, method=job.cell, seed=job.seed, metric=metric
+        )
+        for job in jobs
+        if job.state() == "finished"
+    }
+
+
+def _read(jobs: Sequence[Job], figures: Path) -> dict[str, Outcome]:
+    """Return what a csv file holds of the runs, by their names."""
+    from fedllm.runs.figures import read_figures
+    from fedllm.runs.measures import base_name
+
+    planned = {(job.group, job.cell, job.seed): job for job in jobs}
+    found = read_figures(figures, {key: base_name(job.config) for key, job in planned.items()})
+    return {planned[run.group, run.method, run.seed].name: run for run in found}
 
 
 def _chance(comparison: Comparison, jobs: Sequence[Job], file: Path) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,10 +10,11 @@ from pathlib import Path
 from matplotlib.ticker import EngFormatter
 
 from fedllm.runs.compare_picture import draw, picture
+from fedllm.runs.figures import figures_csv
 from fedllm.runs.folder import atomic_write
 from fedllm.runs.manifest import versions
 from fedllm.runs.measures import METRICS, Metric
-from fedllm.runs.outcomes import SCALARS, Estimate, Outcome, Row, make_rows
+from fedllm.runs.outcomes import Estimate, Outcome, Row, make_rows
 
 #: Metrics that a table shows together.
 _TABLES = (("accuracy", "macro_f1"), ("exact_match", "token_f1", "rouge_l"), ("loss",))
@@ -23,8 +22,8 @@ NOTE = (
     "Held-out records; mean over sites, then mean over seeds ± half of the 95 % interval (Student t; none "
     "for one seed). Worst site: {end} {metric} of a site; gap: how far the best site is from it; both mean "
     "over seeds. Up, down: bytes a site sends and gets in a round. Run total: all sites, both directions, "
-    "one-off traffic included. Epsilon: largest of all sites and seeds. The picture draws points with nearly "
-    "the same bytes side by side."
+    "one-off traffic included. Epsilon: largest of all sites and seeds. Private sites drop no repeated "
+    "record: what is held out there, and its majority class, can differ a little."
 )
 
 
@@ -132,7 +131,7 @@ def write_comparison(
     }
     files = {
         "compare.md": _markdown(rows, title=title, metric=metric, missing=missing).encode(),
-        "compare.csv": _csv(outcomes).encode(),
+        "compare.csv": figures_csv(outcomes).encode(),
         "compare.svg": picture(figure, "svg"),
         "compare.png": picture(figure, "png"),
         "comparison.toml": source,
@@ -156,16 +155,3 @@ def _markdown(rows: Sequence[Row], *, title: str, metric: str, missing: Sequence
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-
-def _csv(outcomes: Sequence[Outcome]) -> str:
-    names = (*METRICS, "worst", "gap")
-    stages = ("tuned", "base", "majority")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["group", "method", "seed", *(f"{s}_{name}" for s in stages for name in names), *SCALARS])
-    for run in outcomes:
-        scores = (run.tuned, run.base, run.majority)
-        found = [value for score in scores for value in (*score.means.values(), score.worst, score.gap)]
-        writer.writerow([run.group, run.method, run.seed, *found, *(getattr(run, name) for name in SCALARS)])
-    return text.getvalue()

@@ -14,13 +14,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, UNTUNED_BASE, Metric
-from fedllm.runs.outcomes import Estimate, Row
+from fedllm.runs.outcomes import PRIVATE_MAJORITY, Estimate, Row
 
 DASHES: dict[str, Any] = {
     "chance": (0, (1, 4)),
     UNTUNED_BASE: (0, (1.2, 2)),
     UNTRAINED_HEAD: (0, (1.2, 2)),
     "majority class": (0, (4, 2, 1, 2)),
+    PRIVATE_MAJORITY: (0, (4, 2, 1, 2, 1, 2)),
     "local only": (0, (6, 3)),
 }
 INK, ACCENT, MUTED, GRID = "#1d2126", "#17616a", "#5f6871", "#e2e4e7"
@@ -46,7 +47,9 @@ STYLE: dict[Any, Any] = {
 NAME_GAP = 0.05
 #: Points nearer than these shares of both axes, or with bars that overlap, are drawn side by side.
 NEAR = (0.045, 0.05)
-AXIS = "bytes of a whole run: all sites, both directions (log scale)"
+AXIS = (
+    "bytes of a whole run: all sites, both directions (log scale; what would overlap is drawn side by side)"
+)
 
 
 def draw(rows: Sequence[Row], *, title: str, metric: str) -> Figure:

@@ -25,8 +25,10 @@ BASELINES = {
     "local": "local only",
     "central": "central",
 }
+#: Where private runs have other held-out records than the rest: they drop no repeated one.
+PRIVATE_MAJORITY = "majority class, private runs"
 #: What is a line in the picture and no method; encoders have a base of another name.
-LINES = (*BASELINES.values(), UNTRAINED_HEAD)
+LINES = (*BASELINES.values(), UNTRAINED_HEAD, PRIVATE_MAJORITY)
 SCALARS = ("bytes_up", "bytes_down", "bytes_total", "epsilon", "sites_epsilon", "seconds")
 
 
@@ -84,6 +86,11 @@ class Outcome:
     sites_epsilon: float | None
     seconds: float
     base_name: str
+
+    @property
+    def is_private(self) -> bool:
+        """Return whether records or whole sites were protected."""
+        return self.epsilon is not None or self.sites_epsilon is not None
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ def make_rows(
     outcomes : Sequence[Outcome]
         Finished runs, in the order of the table.
     baselines : Iterable[str]
-        ``base`` and ``majority`` where wanted; each seed's comes from its first run that has it.
+        ``base`` and ``majority`` where wanted; each seed's comes from its first run that has it. Private runs
+        have a majority class of their own where it differs.
     chance : Mapping[str, float], optional
         Group -> accuracy of guessing among its labels.
     """
@@ -186,29 +194,40 @@ def make_rows(
             means = {**dict.fromkeys(METRICS), "accuracy": chance[group]}
             guessed = Scores(means=means, worst=chance[group], gap=0.0)
             rows.append(replace(_row(group, BASELINES["chance"], [guessed]), seeds=0))
-        for key in (key for key in ("base", "majority") if key in baselines):
-            first: dict[str, dict[int, Scores]] = {}
-            for outcome in mine:
-                scores: Scores = getattr(outcome, key)
-                if any(value is not None for value in scores.means.values()):
-                    name = outcome.base_name if key == "base" else BASELINES[key]
-                    first.setdefault(name, {}).setdefault(outcome.seed, scores)
-            rows += [_row(group, name, list(seeds.values())) for name, seeds in first.items()]
+        if "base" in baselines:
+            for name in dict.fromkeys(outcome.base_name for outcome in mine):
+                found = _by_seed((run.seed, run.base) for run in mine if run.base_name == name)
+                rows += [_row(group, name, list(found.values()))] if found else []
+        if "majority" in baselines:
+            every = _by_seed((run.seed, run.majority) for run in mine)
+            private = _by_seed((run.seed, run.majority) for run in mine if run.is_private)
+            rows += [_row(group, BASELINES["majority"], list(every.values()))] if every else []
+            if any(scores != every[seed] for seed, scores in private.items()):
+                rows.append(_row(group, PRIVATE_MAJORITY, list(private.values())))
         for method in dict.fromkeys(outcome.method for outcome in mine):
             runs = [outcome for outcome in mine if outcome.method == method]
-            found = {name: [getattr(run, name) for run in runs] for name in SCALARS}
+            scalars = {name: [getattr(run, name) for run in runs] for name in SCALARS}
             spent = {
-                name: max((value for value in found.pop(name) if value is not None), default=None)
+                name: max((value for value in scalars.pop(name) if value is not None), default=None)
                 for name in ("epsilon", "sites_epsilon")
             }
             # what a baseline sent, its evaluation alone, is no price of the method
             means = {
                 name: mean(values)
-                for name, values in found.items()
+                for name, values in scalars.items()
                 if method not in LINES or name == "seconds"
             }
             rows.append(_row(group, method, [run.tuned for run in runs], **spent, **means))
     return rows
+
+
+def _by_seed(found: Iterable[tuple[int, Scores]]) -> dict[int, Scores]:
+    """Return each seed's first scores that were measured."""
+    first: dict[int, Scores] = {}
+    for seed, scores in found:
+        if any(value is not None for value in scores.means.values()):
+            first.setdefault(seed, scores)
+    return first
 
 
 def _scores(events: Sequence[Event], stage: str, metric: str, *, prefix: str = "") -> Scores:

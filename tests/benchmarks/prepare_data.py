@@ -17,7 +17,7 @@ from pathlib import Path
 
 Rows = list[dict[str, str]]
 #: Column whose values are counted on the terminal.
-LABELS = ("label", "source")
+LABELS = ("label", "section_header", "source")
 SHOWN = 6
 
 NLI = ("entailment", "neutral", "contradiction")
@@ -141,7 +141,7 @@ def medquad(raw: Path) -> dict[str, Rows]:
 
 
 def mts_dialog(raw: Path) -> dict[str, Rows]:
-    """Return dialogue, label (the note's section header, of 20), and note (that section's text)."""
+    """Return dialogue, section_header (of 20) and section_text, as the authors name them."""
     names = {
         "train": "TrainingSet",
         "valid": "ValidationSet",
@@ -149,13 +149,10 @@ def mts_dialog(raw: Path) -> dict[str, Rows]:
         "test2": "TestSet-2-MEDIQA-Sum-2023",
     }
     found = {
-        split: [
-            {"dialogue": _lines(row["dialogue"]), "label": row["section_header"], "note": row["section_text"]}
-            for row in _csv(raw / f"MTS-Dialog-{name}.csv")
-        ]
+        split: [{**row, "dialogue": _lines(row["dialogue"])} for row in _csv(raw / f"MTS-Dialog-{name}.csv")]
         for split, name in names.items()
     }
-    headers = {row["label"] for rows in found.values() for row in rows}
+    headers = {row["section_header"] for rows in found.values() for row in rows}
     _require(len(headers) == 20, f"mts_dialog: {len(headers)} section headers")
     return _checked("mts_dialog", found, train=1201, valid=100, test1=200, test2=200)
 
@@ -174,17 +171,17 @@ def xbrl_term(raw: Path) -> dict[str, Rows]:
 
 
 def gsm8k(raw: Path) -> dict[str, Rows]:
-    """Return question, answer (the worked solution, without the calculator's marks), result (its number)."""
+    """Return question, answer (the worked solution and behind #### its number), and result, the number alone."""
     found = {}
     for split in ("train", "test"):
         rows = []
         for row in _jsonl(raw / f"{split}.jsonl"):
-            solution, mark, result = row["answer"].rpartition("\n#### ")
+            _, mark, result = row["answer"].rpartition("\n#### ")
             _require(bool(mark), f"gsm8k: an answer of {split}.jsonl has no result")
             rows.append(
                 {
                     "question": row["question"].strip(),
-                    "answer": re.sub(r"<<.*?>>", "", solution).strip(),
+                    "answer": row["answer"].strip(),
                     "result": result.strip().replace(",", ""),
                 }
             )

@@ -96,6 +96,13 @@ def test_runs_what_is_missing_skips_what_is_finished_and_reruns_what_changed(
     assert "done" not in again.output
     assert stamps(folder) == before
 
+    page = (folder / "compare.md").read_text()
+    drawn = compare(file, "--dir", tmp_path / "drawn", "--figures", folder / "compare.csv")
+    assert drawn.exit_code == 0, drawn.output
+    assert (tmp_path / "drawn/compare.md").read_text() == page
+    assert (tmp_path / "drawn/compare.svg").read_bytes() == (folder / "compare.svg").read_bytes()
+    assert not stamps(tmp_path / "drawn")
+
     file.write_text(FILE.replace("adapter.rank = 8", "adapter.rank = 6"))
     listed = compare(file, "--dry-run")
     assert listed.output.count("finished") == 2

@@ -129,6 +129,17 @@ def test_rows_hold_the_baselines_once_a_group(finished: Finished) -> None:
     assert cells["epsilon"] == "none"
 
 
+def test_private_runs_have_a_majority_class_of_their_own_where_it_differs(finished: Finished) -> None:
+    runs = [finished("A"), finished("B", epsilon=8.0)]
+    assert [row.method for row in make_rows(runs, baselines=("majority",))] == ["majority class", "A", "B"]
+    other = replace(runs[1].majority, means={**runs[1].majority.means, "accuracy": 0.375})
+    rows = make_rows([runs[0], replace(runs[1], majority=other)], baselines=("majority",))
+    assert [row.method for row in rows] == ["majority class", "majority class, private runs", "A", "B"]
+    assert [row_cells(row, "accuracy")[3] for row in rows[:2]] == ["25.0", "37.5"]
+    assert rows[1].is_line
+    assert draw(rows, title="t", metric="accuracy")
+
+
 def test_the_base_of_an_encoder_is_named_an_untrained_head(finished: Finished) -> None:
     runs = [finished("A"), finished("B", model__kind="encoder", model__name="tiny-bert")]
     rows = make_rows(runs, baselines=("base", "majority"))
