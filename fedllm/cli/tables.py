@@ -131,9 +131,14 @@ LABELS = Pair(
     more=Pair("Brier score / calibration error", ("brier", "ece"), scale=1, digits=3),
 )
 ANSWERS = Pair(
-    "exact match / ROUGE-L in %",
-    ("exact_match", "rouge_l"),
-    more=Pair("token F1 / cut answers in %", ("token_f1", "unended")),
+    "token F1 / ROUGE-L in %",
+    ("token_f1", "rouge_l"),
+    more=Pair("exact match / cut answers in %", ("exact_match", "unended")),
+)
+EXTRACTED = Pair(
+    "exact match / token F1 in %",
+    ("exact_match", "token_f1"),
+    more=Pair("ROUGE-L / cut answers in %", ("rouge_l", "unended")),
 )
 PREFERENCES = Pair("pairs with a positive margin in %", ("accuracy",))
 TEXT = Pair("loss / perplexity", ("loss", "perplexity"), scale=1, digits=3)
@@ -177,7 +182,9 @@ def _pair(events: Sequence[Event]) -> Pair:
         return LABELS
     if config.train.objective == "dpo":
         return PREFERENCES
-    return ANSWERS if config.evaluation.generate else TEXT
+    if config.evaluation.generate:
+        return ANSWERS if config.evaluation.extract == "none" else EXTRACTED
+    return TEXT
 
 
 def _fairness(name: str, events: Sequence[Event], pair: Pair) -> str:

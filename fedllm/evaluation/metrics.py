@@ -40,6 +40,8 @@ class Scores:
         Of a classification: :func:`~fedllm.evaluation.calibration.reported_curve`.
     correct : tuple[float, ...]
         A record's hit (1, or 0; half for a margin of zero) in accuracy or exact match; never sent.
+    token_f1s : tuple[float, ...]
+        A record's token F1 where no part of the answer alone is judged; never sent.
     """
 
     records: int
@@ -55,6 +57,7 @@ class Scores:
     unended: float | None = None
     calibration: tuple[float, ...] = ()
     correct: tuple[float, ...] = ()
+    token_f1s: tuple[float, ...] = ()
 
 
 def perplexity(loss: float) -> float:

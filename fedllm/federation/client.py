@@ -295,7 +295,7 @@ def _scores(
         return {}
     measured = {name: vars(scores)[name] for name in QUALITY}
     if final:
-        limits = bootstrap_interval(scores.correct, seed=site.config.run.seed)
+        limits = bootstrap_interval(scores.token_f1s or scores.correct, seed=site.config.run.seed)
         measured |= dict(zip(INTERVAL, limits, strict=True)) if limits is not None else {}
         measured |= {"calibration": list(scores.calibration)} if scores.calibration else {}
     # the perplexity of a loss that is too large for it is left out

@@ -38,7 +38,7 @@ QUALITY = (
     "rouge_l",
     "unended",
 )
-#: 95 % interval of a site's accuracy, or of its exact match.
+#: 95 % interval of a site's accuracy, exact match or token F1: of what the run is judged by first.
 INTERVAL = ("interval_low", "interval_high")
 #: Numbers of a classifier's calibration curve: ten ranges of confidence of equal width, of each the records,
 #: their mean confidence and the share of right ones; zeros where there is no record.

@@ -61,8 +61,6 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 )
 
 UNTUNED_BASE, UNTRAINED_HEAD = "untuned base", "untrained head"
-#: What an evaluation's interval is of: a site measures one of these.
-WITH_INTERVAL = ("accuracy", "exact_match")
 
 
 def base_name(config: Config) -> str:
@@ -74,7 +72,10 @@ def base_name(config: Config) -> str:
 
 
 def judged_by(config: Config) -> dict[str, Metric]:
-    """Return the metrics that say whether a run helped, the first one first of all."""
+    """Return the metrics that say whether a run helped, the first one first of all.
+
+    The first one, unless it is the loss, is what an evaluation's interval is of.
+    """
     if config.data.labelled:
         return {name: METRICS[name] for name in ("accuracy", "macro_f1")}
     if config.train.objective == "dpo":

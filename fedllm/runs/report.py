@@ -16,7 +16,7 @@ from fedllm.runs.events import Event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 from fedllm.runs.limits import Limit, site_limits
 from fedllm.runs.manifest import read_manifest
-from fedllm.runs.measures import UNTUNED_BASE, WITH_INTERVAL, base_name, judged_by
+from fedllm.runs.measures import UNTUNED_BASE, base_name, judged_by
 from fedllm.runs.metrics import WITHHELD, RoundMetrics, as_told, metrics_withheld, round_metrics
 from fedllm.runs.privacy_text import privacy_statement
 from fedllm.runs.sites import SiteSummary, site_summaries, spread, total
@@ -165,10 +165,10 @@ def _base_head(config: Config) -> str:
 
 def _cells(site: SiteSummary, config: Config, absent: str) -> list[str]:
     cells = []
-    for name, metric in judged_by(config).items():
+    for place, (name, metric) in enumerate(judged_by(config).items()):
         values = [vars(site)[kind][name] for kind in _kinds(config)]
         cells += [absent if value is None else metric.text(value) for value in values]
-        if name in WITH_INTERVAL and site.interval is not None:
+        if place == 0 and site.interval is not None:
             cells[-1] += " ({:.0f} to {:.0f})".format(*(metric.scale * end for end in site.interval))
     return [
         *cells,
@@ -215,10 +215,9 @@ def _sites_note(config: Config, *, withheld: bool) -> str:
         if base_name(config) == UNTUNED_BASE
         else "Untrained head: the base under the random head that training starts from"
     )
-    brackets = "".join(
-        f"; in brackets a 95 % interval of {metric.title} by resampling the records"
-        for name, metric in judged_by(config).items()
-        if name in WITH_INTERVAL
+    name, metric = next(iter(judged_by(config).items()))
+    brackets = (
+        "" if name == "loss" else f"; in brackets a 95 % interval of {metric.title} by resampling records"
     )
     text = (
         f"{base}. Final: with the finished adapter{brackets}. "

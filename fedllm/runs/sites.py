@@ -25,7 +25,7 @@ class SiteSummary:
     majority : Mapping[str, float or None]
         Those of always answering the site's most frequent label.
     interval : tuple[float, float] or None
-        95 % interval of the finished adapter's accuracy or exact match.
+        95 % interval of the finished adapter, of the first metric of `judged_by`.
     heldout_epsilon : float or None
         Spent on private held-out records, where counts over them left with noise.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -136,11 +137,11 @@ def _helped(config: Config, events: Sequence[Event], sites: Sequence[SiteSummary
     against["always answering a site's most frequent label"] = _against(
         sites, metric, name, lambda site: site.majority.get(name)
     )
+    over_base = None if untrained else metric.gain(final, base)
+    over_majority = None if majority is None else metric.gain(final, majority)
     return (
-        _verdict(
-            None if untrained else metric.gain(final, base),
-            None if majority is None else metric.gain(final, majority),
-        ),
+        _verdict(over_base, over_majority),
+        *_doubt(sites, metric, [gain for gain in (over_base, over_majority) if gain is not None]),
         f"Mean {metric.title} on held-out records: tuned {metric.text(final)}, "
         f"{base_name(config)} {metric.text(base)}{constant}{direction}.",
         *((AT_RANDOM,) if untrained else ()),
@@ -186,6 +187,24 @@ def _verdict(over_base: float | None, over_majority: float | None) -> str:
     if over_majority is not None and over_majority <= 0:
         return "On average, only against the untuned base."
     return "On average, yes."
+
+
+def _doubt(sites: Sequence[SiteSummary], metric: Metric, gains: Sequence[float]) -> tuple[str, ...]:
+    """Say so where the smallest lead is within the 95 % interval of the mean over sites.
+
+    The interval is that of the tuned model's mean, sites independent: half widths add as squares.
+    """
+    intervals = [site.interval for site in sites if site.interval is not None]
+    lead = min((gain for gain in gains if gain > 0), default=None)
+    if lead is None or not sites or len(intervals) < len(sites):
+        return ()
+    half = math.hypot(*((high - low) / 2 for low, high in intervals)) / len(sites)
+    if lead > half:
+        return ()
+    return (
+        f"But a lead of {metric.distance(lead)} is no more than other held-out records could make of it "
+        f"(± {metric.distance(half)}, 95 %).",
+    )
 
 
 def _against(

@@ -95,15 +95,17 @@ def text_metrics(
         correct = tuple(float(final_number(truth) == final_number(guess)) for truth, guess in pairs)
     else:
         correct = tuple(exact_match(truth, guess) for truth, guess in pairs)
+    shared = tuple(token_f1(truth, guess) for truth, guess in pairs)
     return Scores(
         records=len(chosen),
         loss=loss,
         perplexity=perplexity(loss),
         exact_match=sum(correct) / len(pairs),
-        token_f1=sum(token_f1(truth, guess) for truth, guess in pairs) / len(pairs),
+        token_f1=sum(shared) / len(pairs),
         rouge_l=sum(rouge_l(truth, guess) for truth, guess in pairs) / len(pairs),
         unended=unended,
         correct=correct,
+        token_f1s=shared if settings.extract == "none" else (),
     )
 
 

@@ -171,7 +171,7 @@ def xbrl_term(raw: Path) -> dict[str, Rows]:
 
 
 def gsm8k(raw: Path) -> dict[str, Rows]:
-    """Return question, answer (the worked solution and behind #### its number), and result, the number alone."""
+    """Return question, answer (the worked solution, its number behind ####), and result, the number alone."""
     found = {}
     for split in ("train", "test"):
         rows = []

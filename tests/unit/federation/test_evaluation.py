@@ -60,13 +60,13 @@ def test_written_answers_travel_as_aggregates(federate: Any, events: Any, text: 
         assert event["perplexity"] == pytest.approx(math.exp(event["loss"]))
         assert all(event[name] is None for name in LABELS)
     for event in events(folder, "evaluated"):
-        assert 0 <= event["interval_low"] <= event["exact_match"] <= event["interval_high"] <= 1
+        assert 0 <= event["interval_low"] <= event["token_f1"] <= event["interval_high"] <= 1
         assert event["calibration"] is None
     with folder.metrics_file.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert all(float(row["rouge_l"]) <= 1 and row["accuracy"] == "" for row in rows)
     table = shown(folder)
-    assert "exact match / ROUGE-L in %" in table
+    assert "token F1 / ROUGE-L in %" in table
     assert "run: worst site site-" in table
 
 

@@ -428,13 +428,14 @@ def test_the_calibration_curve_is_that_of_all_records_together(make_run) -> None
     assert "Confidence and right answers" in source
 
 
-def test_an_interval_is_spoken_of_only_where_its_metric_is_shown(make_run) -> None:
+def test_free_text_is_judged_by_token_f1_with_its_interval(make_run) -> None:
     folder = make_run(data__task="generate", evaluation__generate=True)
     answered(folder, "base", exact_match=0.0, token_f1=0.1, rouge_l=0.1)
     answered(folder, "final", exact_match=0.5, token_f1=0.6, rouge_l=0.6, interval_low=0.4, interval_high=0.6)
     words = page(folder).text
     assert "Mean token F1 on held-out records: tuned 60.0\u00a0%" in words
-    assert "interval" not in words
+    assert "60.0 % (40 to 60)" in words
+    assert "95 % interval of token F1" in words
 
 
 @given(epsilon=st.floats(0, 50), delta=st.floats(0, 1e-3))

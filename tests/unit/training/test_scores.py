@@ -72,7 +72,9 @@ def moved(session: Session) -> None:
 
 
 def test_scores_hold_every_metric_that_travels() -> None:
-    assert set(QUALITY) | {"records", "calibration", "correct"} == set(vars(Scores(records=1, loss=0.0)))
+    assert set(QUALITY) | {"records", "calibration", "correct", "token_f1s"} == set(
+        vars(Scores(records=1, loss=0.0))
+    )
 
 
 def test_labels_are_scored_with_their_calibration() -> None:
@@ -139,6 +141,7 @@ def test_written_answers_are_scored(file: str) -> None:
     assert found.token_f1 == pytest.approx(sum(map(token_f1, truth, texts)) / 5)
     assert found.rouge_l == pytest.approx(sum(map(rouge_l, truth, texts)) / 5)
     assert found.exact_match == sum(found.correct) / 5
+    assert found.token_f1s == tuple(map(token_f1, truth, texts))
     assert found.accuracy is None
 
 
@@ -153,6 +156,7 @@ def test_the_number_alone_may_have_to_match(file: str, monkeypatch: pytest.Monke
         found = evaluate(session, site, config=config, state=None, records=4)
         assert found is not None
         assert (found.exact_match, found.unended) == (expected, 0.25)
+        assert bool(found.token_f1s) == (extract == "none")
 
 
 def test_without_written_answers_only_the_loss_is_measured(file: str) -> None:
