@@ -32,6 +32,9 @@ from transformers import {{ auto }}, AutoTokenizer
 {% if not encoder %}
 from fedllm.data.encode import PromptEncoder
 {% endif %}
+{% if not encoder and not config.data.labelled %}
+from fedllm.evaluation.generation import end_tokens
+{% endif %}
 {% if usage.embedded and not usage.merged %}
 from fedllm.models.pull import pull
 {% endif %}
@@ -84,6 +87,9 @@ written = model.generate(
     attention_mask=torch.ones(1, len(prompt)),
     max_new_tokens={{ config.evaluation.max_new_tokens }},
     do_sample=False,
+    num_beams=1,
+    repetition_penalty=1.0,
+    eos_token_id=sorted(end_tokens(model, tokenizer)),
 )
 print(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 {% endif %}
