@@ -15,6 +15,10 @@ from fedllm.data.options import listed
 from fedllm.data.records import Example
 from fedllm.errors import DataError, ModelError
 
+_FIELD = re.compile(r"\{text\}|\{pair\}|\{options\}")
+#: A system message that no template has of itself.
+_SENTINEL = "7301946528"
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -87,14 +91,17 @@ class Batch:
 class PromptEncoder:
     """Turns texts and labels into tokens with the model's own chat template.
 
+    Nothing in a record becomes a special token: where a text has one's name in it, a prompt has it with
+    a blank behind its first sign, and an answer as plain letters. Those in the recipe's own texts stay.
+
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
         A fast tokenizer with an end-of-sequence token.
     instruction : str
         System message. An empty one is passed on as such, because some templates put in a
-        message of their own where there is none. A template without a system role has it at the
-        top of the user message.
+        message of their own where there is none. A template without a system role, or that passes
+        over it, has it at the top of the user message.
     prompt : str
         User message; ``{text}`` and ``{pair}`` stand for the record's texts, ``{options}`` for its
         lettered options, which otherwise follow on lines of their own.
@@ -118,6 +125,7 @@ class PromptEncoder:
         self._instruction = instruction
         self._prompt = prompt
         self._max_length = max_length
+        self._special = _special_names(tokenizer)
         self._system_role = tokenizer.chat_template is not None and _has_system_role(tokenizer)
 
     def prompt_ids(self, text: str, pair: str = "", options: Sequence[str] = ()) -> list[int]:
@@ -125,7 +133,11 @@ class PromptEncoder:
         texts = {"{text}": text, "{pair}": pair, "{options}": listed(options)}
         shown = not options or "{options}" in self._prompt
         prompt = self._prompt if shown else f"{self._prompt}\n{{options}}"
-        user = re.sub(r"\{text\}|\{pair\}|\{options\}", lambda found: texts[found[0]], prompt)
+        # at odd places are the recipe's own special tokens
+        user = "".join(
+            part if place % 2 else self._plain(_FIELD.sub(lambda found: texts[found[0]], part))
+            for place, part in enumerate(self._special.split(prompt))
+        )
         if not self._system_role and self._instruction:
             user = f"{self._instruction}\n{user}"
         if self._tokenizer.chat_template is None:
@@ -139,7 +151,7 @@ class PromptEncoder:
 
     def answer_ids(self, label: str) -> tuple[int, ...]:
         """Return the tokens of an answer and the token that ends it."""
-        ids = self._tokenizer(label, add_special_tokens=False).input_ids
+        ids = self._tokenizer(label, add_special_tokens=False, split_special_tokens=True).input_ids
         return (*(int(token) for token in ids), int(self._tokenizer.eos_token_id))
 
     def encode(self, example: Example) -> Encoded:
@@ -171,10 +183,19 @@ class PromptEncoder:
             prompt = self._cut_prompt(example, room, fixed)
         return Encoded(tuple(prompt), answer, truncated=cut, rejected=rejected, options=len(example.options))
 
+    def _plain(self, text: str) -> str:
+        """Return a text in which no special token is named: a blank is put into each name."""
+        # a blank can make another name, where one is the end of another
+        while (broken := self._special.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text)) != text:
+            text = broken
+        return text
+
     def _cut_prompt(self, example: Example, room: int, fixed: int) -> list[int]:
         """Return the prompt of the longest prefix of whole tokens that fits."""
         text = example.text
-        spans = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        spans = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        ).offset_mapping
         places = self._prompt.count("{text}")
         keep = min(len(spans), (room - fixed) // places)
         while keep > 0:
@@ -188,6 +209,8 @@ class PromptEncoder:
 
 class ClassEncoder:
     """Turns texts, or pairs of them, into an encoder's tokens and the label into its row.
+
+    Nothing in a text becomes a special token.
 
     Parameters
     ----------
@@ -215,8 +238,11 @@ class ClassEncoder:
         if example.label not in self._rows:
             raise DataError("a label is not in data.labels.")
         texts = (example.text, example.pair) if example.pair else (example.text,)
-        found = self._tokenizer(*texts, truncation=True, max_length=self._max_length)
-        cut = len(found.input_ids) == self._max_length < len(self._tokenizer(*texts).input_ids)
+        whole = self._tokenizer(*texts, split_special_tokens=True)
+        found = self._tokenizer(
+            *texts, split_special_tokens=True, truncation=True, max_length=self._max_length
+        )
+        cut = len(found.input_ids) < len(whole.input_ids)
         segments = found.get("token_type_ids", ())
         row = self._rows[example.label]
         return Encoded(tuple(found.input_ids), (), truncated=cut, segments=tuple(segments), row=row)
@@ -275,9 +301,16 @@ def collate(batch: Sequence[Encoded], pad_id: int, *, multiple: int = 1) -> Batc
 
 
 def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": ""}]
+    messages = [{"role": "system", "content": _SENTINEL}, {"role": "user", "content": ""}]
     try:
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError:
         return False
-    return True
+    return _SENTINEL in rendered
+
+
+def _special_names(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return what finds special tokens by name in a text; a name of one sign is that sign."""
+    names = {token.content.strip() for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted((name for name in names if len(name) > 1), key=lambda name: (-len(name), name))
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

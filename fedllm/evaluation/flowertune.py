@@ -11,6 +11,7 @@ are data of that benchmark (Apache-2.0); the medical ones go back to Meditron's 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,25 +25,31 @@ _WORDS = {"sentiment": SENTIMENTS, "boolean": ("yes", "no", "maybe")}
 #: What the leaderboard's parser takes for an answer to a medical question; ``maybe`` is not in it.
 _READABLE = ("a", "b", "c", "d", "e", "yes", "no")
 _CONTINUED = (("yesyes", "yes"), ("nono", "no"), ("yesno", "yes"), ("noyes", "no"))
-# where an option is named: it opens a line, follows such a word, or is joined to another letter; and behind
-# it comes the end, a sign, a text that begins with a capital, or what is said of it. "A patient", "B cell"
-# and "C-reactive" name no option
-_LETTER = re.compile(
+# where a letter may name an option: it opens a line, follows such a word, or is joined to another letter
+_PLACE = re.compile(
     r"""
     (?: ^\W*
       | \b (?:answer|option|choice|either|both) s? \b
         (?:\W+ (?:is|are|would|be|the|correct|best|option|choice|letter) \b)* \W*
-      | (?<=\b[A-E]) \s* (?:[,;/&] | and\b | or\b) \s* (?:(?:and|or)\b \s*)? )
+      | (?<=\b[A-E]) \s* (?:[,;&] | /(?-i:(?![a-z])) | and\b | or\b) \s* (?:(?:and|or)\b \s*)? )
     ([A-E]) \b
-    (?= \W*\Z
-      | \s* [).:,;/&*"\]\n]
-      | \s+ [-–—] \s
-      | (?-i: \s+ [A-Z][a-z])
-      | \s+ (?:because|since|as|and|or) \b
-      | \s+ is \b (?! \s+ (?:not|wrong|incorrect|false) \b) )
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
+# and what stands behind it if it does. "A patient", "A CT scan", "B cell" and "C-reactive" name no option
+_BEHIND = re.compile(
+    r"""
+    (?! [./] (?-i:[a-z]) )                                 # e.g., d/c, B.i.d.
+    (?: \W*\Z
+      | \s* [).:,;/&*"\]\n]
+      | \s+ [-–—] \s
+      | \s+ (?-i: [A-Z] (?: [a-z] | [^a-z\n]*$ ))          # B Asthma, A ASTHMA
+      | (?<!a) \s+ (?-i: [A-Z])                            # B COPD of long standing
+      | \s+ (?:because|since|as|and|or|is) \b )
+    """,
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+_REJECTED = re.compile(r"[^\w\n]*\bis(?:n['’]t|\s+(?:not|wrong|incorrect|false))\b", re.IGNORECASE)
 
 _PUBMEDQA = (
     "As an expert doctor in clinical science and medical knowledge, can you tell me if the following "
@@ -177,7 +184,8 @@ def fixed_verdict(task: Task, answer: str, question: Question) -> Verdict:
     """Score an answer by the first label, or the one letter, that it names.
 
     An answer that names no label is unread, and so wrong; one that names two different letters is, too.
-    Where an option's text stands in a letter's place, as "E. coli" may, that option is named.
+    Where an option's text stands in a letter's place, as "E. coli" may, that option is named. A letter that
+    is said to be wrong is not named, nor is one of an abbreviation ("e.g.", "d/c").
 
     Parameters
     ----------
@@ -189,15 +197,27 @@ def fixed_verdict(task: Task, answer: str, question: Question) -> Verdict:
     [Verdict(right=True, read=True), Verdict(right=True, read=True), Verdict(right=False, read=False)]
     """
     if task.kind == "choice":
-        named = {
-            _spelt(answer[found.start(1) :], question.options) or found[1].lower()
-            for found in _LETTER.finditer(answer)
-        }
+        named = _named(answer, question.options)
         said = named.pop() if len(named) == 1 else ""
     else:
         found = re.search(rf"\b({'|'.join(_WORDS[task.kind])})\b", answer, re.IGNORECASE)
         said = found[1].lower() if found is not None else ""
     return Verdict(said == question.gold.lower(), read=bool(said))
+
+
+def _named(answer: str, options: Sequence[str]) -> set[str]:
+    """Return the letters of the options that an answer names, by letter or text, and does not reject."""
+    found = set()
+    for place in _PLACE.finditer(answer):
+        start, end = place.span(1)
+        letter = _spelt(answer[start:], options)
+        if letter:
+            end = start + len(options[ord(letter) - ord("a")])
+        elif _BEHIND.match(answer, end):
+            letter = place[1].lower()
+        if letter and not _REJECTED.match(answer, end):
+            found.add(letter)
+    return found
 
 
 def _spelt(answer: str, options: Sequence[str]) -> str:
@@ -238,6 +258,8 @@ def _label(value: object, names: Sequence[str]) -> str:
 
 def _fiqa(row: Row) -> Question:
     score = float(row["sentiment_score"])
+    if not math.isfinite(score):
+        raise ValueError
     gold = "negative" if score < -0.1 else "neutral" if score < 0.1 else "positive"
     return _finance(str(row["sentence"]), gold, kind="tweet" if row["format"] == "post" else "news")
 
@@ -273,8 +295,8 @@ def _pubmedqa(row: Row) -> Question:
 def _medqa(row: Row) -> Question:
     options = _listed(row["options"])
     # of options with the same text the first counts
-    gold = {option["value"]: option["key"] for option in reversed(options)}[row["answer"]]
-    return _choice(_MEDQA, str(row["question"]), [option["value"] for option in options], gold)
+    gold = {str(option["value"]): str(option["key"]) for option in reversed(options)}[str(row["answer"])]
+    return _choice(_MEDQA, str(row["question"]), [str(option["value"]) for option in options], gold)
 
 
 def _four_options(names: Sequence[str], *, first: int) -> Callable[[Row], Question]:

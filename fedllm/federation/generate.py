@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedllm.adapters.export import WEIGHTS_FILE, load_state, save_with_base
@@ -14,6 +14,7 @@ from fedllm.aggregation import make_rule
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.sources import default_instruction, public_labels
 from fedllm.errors import ConfigError, RunError
+from fedllm.evaluation.generation import end_tokens, greedy_tokens
 from fedllm.federation.cards import run_card
 from fedllm.models.gguf_file import QUANTIZATIONS, require_llama, write_gguf
 from fedllm.models.load import load_base, load_tokenizer
@@ -198,7 +199,7 @@ def _require_free(target: Path) -> None:
 def answer(
     folder: Path, prompt: str, *, max_new_tokens: int, pair: str = "", site: str = ""
 ) -> tuple[str, str]:
-    """Return the base's and the tuned model's greedy answers to a prompt.
+    """Return the base's and the tuned model's greedy answers to a prompt, as an evaluation has them.
 
     Parameters
     ----------
@@ -229,23 +230,25 @@ def answer(
         prompt=config.data.prompt,
         max_length=config.train.max_length,
     )
-    ids = torch.tensor([encoder.prompt_ids(prompt, pair)])
+    ids = encoder.prompt_ids(prompt, pair)
     model = tuned_model(folder, site=site)
+    inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel), "PEFT wraps what was loaded"
 
-    def continuation() -> str:
-        with torch.no_grad():
-            out = model.generate(  # type: ignore[no-untyped-call]
-                input_ids=ids.to(model.device),
-                attention_mask=torch.ones_like(ids).to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    def written(prefix: Tensor | None) -> str:
+        (tokens,) = greedy_tokens(
+            inner,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            pad_id=int(tokenizer.pad_token_id),
+            stop=end_tokens(inner, tokenizer),
+            prefix=prefix,
+        )
+        return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    tuned = continuation()
+    tuned = written(model.get_prompt(batch_size=1)[0] if config.adapter.method == "prompt" else None)
     with model.disable_adapter():
-        return continuation(), tuned
+        return written(None), tuned
 
 
 def _adapter_dir(run: RunFolder, site: str) -> Path:

@@ -32,6 +32,9 @@ from transformers import {{ auto }}, AutoTokenizer
 {% if not encoder %}
 from fedllm.data.encode import PromptEncoder
 {% endif %}
+{% if not encoder and not config.data.labelled %}
+from fedllm.evaluation.generation import end_tokens
+{% endif %}
 {% if usage.embedded and not usage.merged %}
 from fedllm.models.pull import pull
 {% endif %}
@@ -49,7 +52,13 @@ model = PeftModel.from_pretrained(base, ".").eval()  # "." is this folder
 tokenizer = AutoTokenizer.from_pretrained(source{{ file }})
 
 {% if encoder %}
-tokens = tokenizer({{ texts }}, truncation=True, max_length={{ length }}, return_tensors="pt")
+tokens = tokenizer(
+    {{ texts }},
+    split_special_tokens=True,
+    truncation=True,
+    max_length={{ length }},
+    return_tensors="pt",
+)
 {% if config.model.pooling == "mean" %}
 # the head reads the mean of the tokens' states, not what the model's class would give it
 mask = tokens["attention_mask"].unsqueeze(-1)
@@ -84,6 +93,9 @@ written = model.generate(
     attention_mask=torch.ones(1, len(prompt)),
     max_new_tokens={{ config.evaluation.max_new_tokens }},
     do_sample=False,
+    num_beams=1,
+    repetition_penalty=1.0,
+    eos_token_id=sorted(end_tokens(model, tokenizer)),
 )
 print(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 {% endif %}
@@ -92,9 +104,9 @@ print(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True))
 {% if not encoder %}
 
 Without fedllm: the instruction is the system message and the prompt the user message of the tokenizer's chat
-template, and the answer begins where the assistant's turn does. A template without a system role has the
-instruction on a line above the prompt; a tokenizer without a template has instruction, prompt and answer on
-lines of their own.{{ likeliest if config.data.labelled }}
+template, and the answer begins where the assistant's turn does. A template without a system role, or one that
+passes over it, has the instruction on a line above the prompt; a tokenizer without a template has
+instruction, prompt and answer on lines of their own.{{ likeliest if config.data.labelled }}
 {% endif %}
 {% endif %}
 """

@@ -49,3 +49,15 @@ def strict_tokenizer() -> PreTrainedTokenizerFast:
         "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
     )
     return built
+
+
+@pytest.fixture(scope="session")
+def deaf_tokenizer() -> PreTrainedTokenizerFast:
+    """Chat tokenizer whose template passes over a system message."""
+    built = build_tokenizer()
+    built.chat_template = (
+        "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    )
+    return built

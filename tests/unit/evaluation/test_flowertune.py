@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -96,6 +97,8 @@ def test_the_right_answer(task: str, changes: dict[str, Any], gold: str) -> None
         ("medqa", {"options": "secret"}, "row 2 cannot be read"),
         ("pubmedqa", {"CONTEXTS": []}, "row 2 cannot be read"),
         ("fiqa", {"sentiment_score": "secret"}, "row 2 cannot be read"),
+        ("fiqa", {"sentiment_score": math.nan}, "row 2 cannot be read"),
+        ("fiqa", {"sentiment_score": "-inf"}, "row 2 cannot be read"),
     ],
 )
 def test_wrong_rows_are_named_and_not_quoted(task: str, changes: dict[str, Any], message: str) -> None:
@@ -103,6 +106,13 @@ def test_wrong_rows_are_named_and_not_quoted(task: str, changes: dict[str, Any],
         questions(TASKS[task], [ROWS[task], ROWS[task] | changes])
     assert "secret" not in str(caught.value)
     assert TASKS[task].hub in str(caught.value)
+
+
+def test_options_may_be_numbers() -> None:
+    options = [{"key": "A", "value": 5}, {"key": "B", "value": 50}]
+    (found,) = questions(TASKS["medqa"], [ROWS["medqa"] | {"options": options, "answer": 50}])
+    assert (found.gold, found.options) == ("B", ("5", "50"))
+    assert fixed_verdict(TASKS["medqa"], "B. 50", found) == Verdict(True, True)
 
 
 def test_a_missing_answer_among_options_is_an_error_and_no_silence() -> None:
@@ -169,6 +179,8 @@ def test_the_leaderboard_reads_medical_answers(task: str, answer: str, gold: str
         ("medqa", "A patient needs tea", "A", Verdict(False, False)),
         ("medqa", "Because", "B", Verdict(False, False)),
         ("medqa", "D.\nE", "D", Verdict(False, False)),
+        ("medqa", "A ASTHMA", "A", Verdict(True, True)),
+        ("medqa", "(A) is incorrect.\nThe answer is (B).", "B", Verdict(True, True)),
         ("medqa", "", "A", Verdict(False, False)),
     ],
 )
@@ -187,6 +199,9 @@ def test_mended_an_answer_counts_only_if_it_names_a_label(
         "B) Asthma",
         "B - Asthma",
         "B Asthma",
+        "B ASTHMA",
+        "b COPD of long standing",
+        "B/Asthma",
         "**B** Asthma",
         "**B)** Asthma",
         "B. Vitamin D",
@@ -222,6 +237,17 @@ def test_mended_an_answer_may_name_its_letter_in_many_ways(answer: str) -> None:
         "Hepatitis B",
         "The answer is hepatitis B.",
         "Option B is not correct",
+        "Option (A) is incorrect.",
+        "(A) is incorrect; (B)",
+        "A) is wrong",
+        "(A) is not the answer",
+        "**A.** is false",
+        "(B) isn't right",
+        "e.g. aspirin",
+        "The answer is e.g. aspirin",
+        "d/c aspirin",
+        "d/c, then aspirin",
+        "B.i.d. dosing",
         "The answer is not B",
         "A or B",
         "A, B",
@@ -248,6 +274,9 @@ def test_mended_no_letter_or_two_are_unread(answer: str) -> None:
         ("E. coli K1", "C"),
         ("E. histolytica", "E"),
         ("B. E. coli", "B"),
+        ("A virus causes it", "D"),
+        ("E. coli is not the cause", ""),
+        ("E. coli is wrong.\nThe answer is A", "A"),
         ("B. B", "B"),
         ("The answer is B", "B"),
     ],
@@ -256,4 +285,4 @@ def test_mended_an_option_whose_text_begins_like_a_letter_is_that_option(answer:
     options = ("B", "E. coli", "E. coli K1", "A virus", "histolytica")
     for gold in "ABCDE":
         asked = Question(prompt="", gold=gold, options=options)
-        assert fixed_verdict(TASKS["medqa"], answer, asked) == Verdict(gold == said, True)
+        assert fixed_verdict(TASKS["medqa"], answer, asked) == Verdict(gold == said, bool(said))
