@@ -124,7 +124,7 @@ def plan(
 def _planned_records(config: Config, policy: Path | None) -> Table:
     from fedllm.federation.budget import counts_epsilon, planned_shared, planned_sites, rounds_left
 
-    table = Table("site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds left")
+    table = Table("site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds that fit")
     table.box = None
     sites = planned_sites(config, policy)
     for found in sites:
@@ -137,7 +137,7 @@ def _planned_records(config: Config, policy: Path | None) -> Table:
             f"{found.peers['PRV']:.3f}",
             f"{found.peers['RDP']:.3f}",
             f"{found.before:.3f}",
-            f"{left:,} of {found.plan.rounds:,} planned",
+            f"{left:,}, {found.plan.rounds:,} planned",
         )
     table.caption = (
         f"epsilon by PLD at delta {config.privacy.delta:g}, {config.privacy.relation}; PRV and RDP "

@@ -92,7 +92,7 @@ def test_budget_shows_plans_and_verifies(run: Path, tmp_path: Path) -> None:
     assert f"records at all 2 sites: epsilon {composed:.3f} at delta 0.0001" in said(shown)
     planned = invoke("budget", "plan", *RECIPE)
     assert planned.exit_code == 0, planned.output
-    assert "2 of 2 planned" in said(planned)
+    assert "2, 2 planned" in said(planned)
     assert f"{composed:.3f} for a unit with records at all 2 sites" in said(planned)
     head = Ledger(run / "sites" / "site-0" / "ledger.sqlite").head
     assert head in invoke("budget", "verify", str(run)).output
@@ -114,7 +114,7 @@ def test_budget_of_a_real_site(tmp_path: Path) -> None:
     planned = invoke("budget", "plan", *words)
     assert planned.exit_code == 0, planned.output
     assert "north" in said(planned)
-    assert "2 of 2 planned" in said(planned)
+    assert "2, 2 planned" in said(planned)
     # a plan leaves nothing that another user than the SuperNode's would own
     assert not (tmp_path / "state").exists()
     Ledger(tmp_path / "state" / "ledger.sqlite")
