@@ -22,6 +22,7 @@ from fedllm.data.sites import SiteData
 from fedllm.errors import DataError
 from fedllm.models.fingerprint import weights_fingerprint
 from fedllm.models.load import load_base, load_tokenizer, require_plain_head, require_separate_records
+from fedllm.models.quiet import quiet
 from fedllm.privacy.engines import ENGINES
 from fedllm.privacy.per_example import Recorder
 from fedllm.settings import ModelSettings
@@ -142,7 +143,8 @@ def _open(key: _SessionKey) -> Session:
         require_separate_records(base)
     if key.checkpointing:
         checkpoint_layers(base)
-    wrapped = method.inject(base, spec, key.basis, dropout=key.dropout)
+    with quiet():
+        wrapped = method.inject(base, spec, key.basis, dropout=key.dropout)
     parameters = trained_parameters(method, wrapped, spec)
     return Session(
         method=method,
