@@ -26,6 +26,12 @@ STATUS = {
 #: Fewer scored records a site than this, and one record is a point or more of accuracy.
 FEW_RECORDS = 100
 
+#: Source -> what a board calls its records.
+TEXTS = {
+    "icd10": "descriptions of ICD-10-CM codes",
+    "mcc": "descriptions of merchant categories",
+    "file": "records from files",
+}
 AT_RANDOM = "An untrained head answers at random: the most frequent label is what has to be beaten."
 
 
@@ -75,7 +81,7 @@ def _trained(config: Config, events: Sequence[Event]) -> tuple[str, ...]:
     source = "file" if joined is not None and not joined["simulated"] else config.data.source
     by = count(started["sites"] if started else config.federation.sites, kind)
     rounds = count(started["rounds"] if started else config.federation.rounds, "round")
-    records = {"hub": config.data.name, "file": "records from files"}.get(source, f"{source} records")
+    records = {**TEXTS, "hub": config.data.name}.get(source, f"{source} records")
     if config.federation.mode == "base":
         measured = f"the untuned language model {config.model.called} was measured on held-out {records}"
         return (f"Nothing: {measured} of {by}. This is a baseline.", *_outcome(events))
