@@ -49,7 +49,8 @@ def test_the_base_is_measured_and_nothing_trained(
     assert manifest is not None
     assert manifest["model"]["weights"]
     page = " ".join(folder.report_file.read_text().split())
-    assert "Nothing: the untuned language model tiny-llama was measured on held-out mcc records" in page
+    measured = "was measured on held-out descriptions of merchant categories"
+    assert f"Nothing: the untuned language model tiny-llama {measured}" in page
     assert "Nothing was trained. Mean accuracy on held-out records: untuned base" in page
     assert "no update left a site, and no privacy budget was spent" in page
     assert "On average" not in page
