@@ -43,6 +43,18 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def written(value: object) -> str:
+    """Return a cell as a text: a missing one is empty, and a whole number has no decimals.
+
+    >>> written(None), written(float("nan")), written(3.0), written(2.5), written("3.0")
+    ('', '', '3', '2.5', '3.0')
+    """
+    if value is None or value != value:
+        return ""
+    # an integer column with gaps arrives as floats
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
 def contents(example: Example) -> tuple[str, ...]:
     """Return the record's texts and answers: all but whose it is."""
     # what a record lacks leaves its hash, and so the order of records, as it was
