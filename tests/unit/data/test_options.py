@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fedllm.config import Config
-from fedllm.data.check import REFUSED, check_file
+from fedllm.data.check import REFUSED, REPEATED, check_file
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.options import fault, letter_of, letters, listed, record_options
 from fedllm.data.records import Example
@@ -275,7 +275,7 @@ def test_a_check_counts_what_is_wrong(tmp_path: Path, tokenizer: PreTrainedToken
     assert report.choices is not None
     assert (report.choices.fewest, report.choices.most, report.choices.repeated) == (2, 4, 1)
     assert report.warnings == (
-        "1 records repeat an earlier one and will be dropped.",
+        f"1 records {REPEATED}.",
         f"1 records have fewer than two options (the first: record 7); {REFUSED}.",
         "2 records have an answer that is not the index of one of its options (the first: record 8); "
         f"{REFUSED}.",
