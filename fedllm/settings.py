@@ -163,7 +163,9 @@ class DataSettings:
     max_per_label: int = setting(0, "keep at most this many records of a label; 0: all", minimum=0)
     min_per_label: int = setting(0, "drop labels with fewer records than this", minimum=0)
     partition: str = setting(
-        "iid", "how simulated sites share the records", choices=("iid", "dirichlet", "column")
+        "iid",
+        "how simulated sites share the records, or the units where data.unit is set",
+        choices=("iid", "dirichlet", "column"),
     )
     dirichlet_alpha: float = setting(0.5, "concentration of the label mix over sites", minimum=1e-3)
     heldout: float = setting(0.1, "share of each site's records kept for evaluation", minimum=0, maximum=0.9)

@@ -63,7 +63,7 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
     Raises
     ------
     DataError
-        If the file is missing, empty, damaged or of another kind.
+        If the file is missing, empty, damaged or of another kind, or has two columns of one name.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -80,13 +80,25 @@ def file_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.ParquetFile(path).read().to_pylist()
+    table = pq.ParquetFile(path).read()
+    _require_once(path, table.column_names)
+    rows: list[dict[str, Any]] = table.to_pylist()
     return rows
 
 
 def _text(path: Path, suffix: str) -> list[dict[str, Any]]:
     text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        _require_once(path, reader.fieldnames or ())
+        return list(reader)
     # not splitlines(): a JSON string may hold U+2028 and its like
     return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _require_once(path: Path, columns: Sequence[str]) -> None:
+    for place, name in enumerate(columns):
+        # the name may be a record's text, where a file has no header
+        if name and name in columns[:place]:
+            first = columns.index(name)
+            raise DataError(f"{path}: columns {first + 1} and {place + 1} have one name; rename one of them.")

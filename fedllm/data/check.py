@@ -14,11 +14,13 @@ from fedllm.data.files import read_table
 from fedllm.data.options import fault, letter_of, letters, option_columns
 from fedllm.data.records import Example
 from fedllm.data.sources import column_roles, default_instruction
+from fedllm.errors import DataError
 from fedllm.settings import DataSettings
 
 _MEASURED = 2000
 _FEW = 10
 REFUSED = "a run refuses the file (a private one at a real site goes without them)"
+REPEATED = "repeat an earlier one; a site trains on one of them (in a private run a real site on all)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ class FileReport:
     labels : Mapping[str, int]
         Label, or letter of the right option -> records, most frequent first; empty for free text.
     duplicates : int
-        Records that repeat the text, options and answers of an earlier one.
+        Records that repeat the texts, options and answers of an earlier one, with units of the same unit.
     conflicting : int
         Texts that occur with more than one label, or with the same options in any order and another
         right one; 0 for free text.
@@ -85,6 +87,9 @@ class FileReport:
     truncated : float or None
         Share of records whose text is cut at ``train.max_length``, measured on at most 2000 of
         them spread over the file; None without a tokenizer.
+    unfit : tuple[int, int]
+        Those of them that do not fit even without their text, such as one with a long answer: how many,
+        and the first one's number.
     sites : Mapping[str, int] or None
         Site -> records; None without ``data.site``.
     units : tuple[int, int] or None
@@ -104,6 +109,7 @@ class FileReport:
     conflicting: int
     empty: int
     truncated: float | None
+    unfit: tuple[int, int]
     sites: Mapping[str, int] | None
     units: tuple[int, int] | None
     preferences: PreferenceReport | None
@@ -133,11 +139,14 @@ def check_file(
     """
     table = read_table(Path(path).expanduser(), column_roles(data), option_columns(data.options))
     values = table.values
-    second, rejected = (values.get(role, [""] * len(values["text"])) for role in ("pair", "rejected"))
+    none = [""] * len(values["text"])
+    optional = (values.get(role, none) for role in ("unit", "pair", "rejected"))
     options = table.options or [()] * len(values["text"])
-    rows = zip(values["text"], values["label"], second, rejected, options, strict=True)
     examples = [
-        Example(text, label.strip(), "", pair, other.strip(), own) for text, label, pair, other, own in rows
+        Example(text, label.strip(), unit.strip(), pair, rejected.strip(), own)
+        for text, label, unit, pair, rejected, own in zip(
+            values["text"], values["label"], *optional, options, strict=True
+        )
     ]
     filled = {
         number: example
@@ -152,8 +161,9 @@ def check_file(
     labels_of = defaultdict(set)
     for example in labelled:
         labels_of[example.text, example.pair, *sorted(example.options)].add(_right(example))
-    sites = Counter(values["site"]) if "site" in values else None
-    owners = Counter(values["unit"]) if "unit" in values else None
+    sites = Counter(map(str.strip, values["site"])) if "site" in values else None
+    owners = Counter(example.unit for example in examples) if "unit" in values else None
+    truncated, unfit = _measured(filled, data, tokenizer, max_length, encodes=encodes)
     report = FileReport(
         rows=len(examples),
         columns=table.columns,
@@ -161,7 +171,8 @@ def check_file(
         duplicates=len(usable) - len(set(usable)),
         conflicting=sum(len(labels) > 1 for labels in labels_of.values()),
         empty=sum(not all(value.strip() for value in row) for row in zip(*values.values(), strict=True)),
-        truncated=_truncated(usable, data, tokenizer, max_length, encodes=encodes),
+        truncated=truncated,
+        unfit=unfit,
         sites=None if sites is None else dict(sorted(sites.items())),
         units=None if owners is None else (len(owners), max(owners.values())),
         preferences=_preferences(usable) if data.rejected else None,
@@ -210,25 +221,32 @@ def _preferences(filled: list[Example]) -> PreferenceReport:
     )
 
 
-def _truncated(
-    filled: list[Example],
+def _measured(
+    filled: Mapping[int, Example],
     data: DataSettings,
     tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     *,
     encodes: bool,
-) -> float | None:
+) -> tuple[float | None, tuple[int, int]]:
+    """Return the share of texts that are cut, and of records that cannot fit the count and the first."""
     if tokenizer is None or not filled:
-        return None
+        return None, (0, 0)
     encoder: ClassEncoder | PromptEncoder = (
-        ClassEncoder(tokenizer, labels=sorted({one.label for one in filled}), max_length=max_length)
+        ClassEncoder(tokenizer, labels=sorted({one.label for one in filled.values()}), max_length=max_length)
         if encodes
         else PromptEncoder(
             tokenizer, instruction=default_instruction(data), prompt=data.prompt, max_length=max_length
         )
     )
-    sample = filled[:: -(-len(filled) // _MEASURED)]
-    return sum(encoder.encode(example).truncated for example in sample) / len(sample)
+    sample = list(filled.items())[:: -(-len(filled) // _MEASURED)]
+    cut, unfit = 0, []
+    for number, example in sample:
+        try:
+            cut += encoder.encode(example).truncated
+        except DataError:
+            unfit.append(number)
+    return cut / len(sample), (len(unfit), unfit[0] if unfit else 0)
 
 
 def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[str]:
@@ -236,7 +254,7 @@ def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[s
     if report.empty:
         found.append(f"{report.empty} records lack a value; {REFUSED}.")
     if report.duplicates:
-        found.append(f"{report.duplicates} records repeat an earlier one and will be dropped.")
+        found.append(f"{report.duplicates} records {REPEATED}.")
     if data.task == "classify":
         found += _label_warnings(report, data)
     if report.choices is not None:
@@ -247,6 +265,12 @@ def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[s
         found.append(f"{report.preferences.contradictory} pairs are preferred both ways round.")
     if report.truncated:
         found.append(f"{report.truncated:.0%} of texts lose their end at train.max_length={max_length}.")
+    if report.unfit[0]:
+        count, first = report.unfit
+        found.append(
+            f"{count} records (the first: record {first}) do not fit in train.max_length={max_length}, even "
+            f"without their text; {REFUSED}."
+        )
     if report.units is not None and report.units[1] > 1:
         found.append(
             f"one '{data.unit}' owns up to {report.units[1]} records; a private run protects it as a whole."

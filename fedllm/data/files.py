@@ -14,6 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from fedllm.data.options import record_options
+from fedllm.data.records import written
 from fedllm.errors import DataError
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -114,17 +115,11 @@ def as_strings(where: object, column: str, values: Sequence[object]) -> list[str
     """
     strings = []
     for value in values:
-        if value is None or value != value:
-            strings.append("")
-        elif isinstance(value, list | dict | tuple | bytes):
+        if isinstance(value, list | dict | tuple | bytes):
             raise DataError(
                 f"{where}: the column '{column}' holds {type(value).__name__} values, not text or numbers."
             )
-        elif isinstance(value, float) and value.is_integer():
-            # an integer column with gaps arrives as floats
-            strings.append(str(int(value)))
-        else:
-            strings.append(str(value))
+        strings.append(written(value))
     try:
         "".join(strings).encode()
     except UnicodeEncodeError:

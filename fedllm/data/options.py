@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+from fedllm.data.records import written
+
 MOST = len(ascii_uppercase)
 
 
@@ -39,7 +41,7 @@ def record_options(values: Sequence[object]) -> tuple[str, ...]:
     """Return one record's options from the values of its option columns.
 
     One column holds a list, or a text with ``|`` between the options; several hold one option each.
-    What is missing at the end is no option: a question may have fewer than the others.
+    What is missing at the end, or instead of a list, is no option: a question may have fewer than others.
 
     Raises
     ------
@@ -48,13 +50,16 @@ def record_options(values: Sequence[object]) -> tuple[str, ...]:
     """
     found = list(values)
     if len(found) == 1:
-        found = found[0].split("|") if isinstance(found[0], str) else found[0]  # type: ignore[assignment]
-        if not isinstance(found, list | tuple):
+        (cell,) = found
+        if isinstance(cell, list | tuple):
+            found = list(cell)
+        elif isinstance(cell, str) or not written(cell):
+            found = list(written(cell).split("|"))
+        else:
             raise ValueError
     if not all(value is None or isinstance(value, str | int | float) for value in found):
         raise ValueError
-    # a number that is not one stands for a missing value
-    texts = ["" if value is None or value != value else str(value).strip() for value in found]
+    texts = [written(value).strip() for value in found]
     while texts and not texts[-1]:
         texts.pop()
     return tuple(texts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 
@@ -39,3 +41,29 @@ def normalised(text: str) -> str:
     'acute bronchitis'
     """
     return " ".join(text.casefold().split())
+
+
+def written(value: object) -> str:
+    """Return a cell as a text: a missing one is empty, and a whole number has no decimals.
+
+    >>> written(None), written(float("nan")), written(3.0), written(2.5), written("3.0")
+    ('', '', '3', '2.5', '3.0')
+    """
+    if value is None or value != value:
+        return ""
+    # an integer column with gaps arrives as floats
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def contents(example: Example) -> tuple[str, ...]:
+    """Return the record's texts and answers: all but whose it is."""
+    # what a record lacks leaves its hash, and so the order of records, as it was
+    pair = (example.pair,) if example.pair else ()
+    rejected = ("rejected", example.rejected) if example.rejected else ()
+    options = ("options", *example.options) if example.options else ()
+    return (example.text, example.label, *pair, *rejected, *options)
+
+
+def digest(*parts: object) -> bytes:
+    """Return the Sha256 of the parts: texts, numbers, or lists of them."""
+    return hashlib.sha256(json.dumps(parts).encode()).digest()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import datasets
 
-from fedllm.data.records import Example, normalised
+from fedllm.data.heldout import apart, beside_public, of_fold, require_fold, shared_texts, split, texts_of
+from fedllm.data.partition import shared_out
+from fedllm.data.records import Example, contents, digest
 from fedllm.data.sources import default_instruction, file_stamp, label_names, load_records
-from fedllm.errors import ConfigError, DataError
+from fedllm.errors import DataError
 from fedllm.settings import DataSettings
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "simulated_sites",
     "site_from_file",
     "site_names",
-    "split",
 ]
 
 
@@ -112,18 +110,18 @@ def simulated_site(
         If the settings contradict the source.
     """
     name = site_names(data, sites=sites)[index]
-    examples = _examples(_partition(data, sites, seed, file_stamp(data))[index])
-    train, heldout = split(examples, by_unit=bool(data.unit), share=data.heldout, seed=seed)
+    stamp = file_stamp(data)
+    by_unit = bool(data.unit)
+    everyone, staying = _everyone(data, seed, fold, stamp)
+    examples = _examples(shared_out(data, sites=sites, seed=seed, stamp=stamp)[index])
+    train, heldout = split(examples, by_unit=by_unit, share=data.heldout, seed=seed)
+    train, heldout = apart(train, heldout, staying, public=data.heldout_public)
+    heldout = of_fold(heldout, by_unit=by_unit, seed=seed, fold=fold)
     labels = label_names(data, load_records(data))
-    own = _site_data(data, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold)
+    own = _site_data(data, name=name, train=train, heldout=heldout, labels=labels, seed=seed, found=examples)
     if not pooled:
         return own
-    everything, _ = split(
-        _examples(load_records(data)), by_unit=bool(data.unit), share=data.heldout, seed=seed
-    )
-    whole = _site_data(
-        data, name=name, train=everything, heldout=heldout, labels=labels, seed=seed, fold=fold
-    )
+    whole = _site_data(data, name=name, train=everyone, heldout=heldout, labels=labels, seed=seed)
     return dataclasses.replace(whole, own_labels=tuple(example.label for example in own.train))
 
 
@@ -172,38 +170,41 @@ def site_from_file(
     )
     own = dataclasses.replace(own, heldout=0.0 if lenient else own.heldout)
     records = load_records(own, lenient=lenient)
+    examples = asked = _examples(records)
+    share = 1.0
+    train: Sequence[Example]
+    heldout: Sequence[Example]
     if heldout_path:
-        public = load_records(dataclasses.replace(own, path=heldout_path, unit=""))
-        train, heldout = _examples(records), _examples(public)
-        own, records = dataclasses.replace(own, heldout_public=True), public
+        own = dataclasses.replace(own, heldout_public=True)
+        records = load_records(dataclasses.replace(own, path=heldout_path, unit=""))
+        asked = _examples(records)
+        train, heldout = beside_public(name, own.text, tuple(examples), tuple(asked), lenient), asked
     elif private_heldout_path:
-        apart = load_records(dataclasses.replace(own, path=private_heldout_path), lenient=lenient)
-        train, heldout = _examples(records), _examples(apart)
-        records = datasets.concatenate_datasets([records, apart])
+        private = load_records(dataclasses.replace(own, path=private_heldout_path), lenient=lenient)
+        asked = _examples(private)
+        train, heldout = examples, asked
+        records = datasets.concatenate_datasets([records, private])
     else:
-        train, heldout = split(_examples(records), by_unit=bool(own.unit), share=own.heldout, seed=seed)
+        share = own.heldout
+        train, heldout = split(examples, by_unit=bool(own.unit), share=share, seed=seed)
+    if not lenient and not heldout_path:
+        staying = texts_of(heldout if own.heldout_public else train)
+        train, heldout = apart(train, heldout, staying, public=own.heldout_public)
+    heldout = of_fold(heldout, by_unit=bool(own.unit), seed=seed, fold=fold)
+    if not lenient:
+        require_fold(f"site {name}", own, asked, heldout, share=share, fold=fold)
     # labels that only private records have are nobody's to score
     labels = label_names(own, None if lenient and not heldout_path else records)
     return _site_data(
-        own, name=name, train=train, heldout=heldout, labels=labels, seed=seed, fold=fold, lenient=lenient
+        own,
+        name=name,
+        train=train,
+        heldout=heldout,
+        labels=labels,
+        seed=seed,
+        found=() if lenient else examples,
+        lenient=lenient,
     )
-
-
-def split(
-    examples: Sequence[Example], *, by_unit: bool, share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Part records into training and held-out ones, whole groups at a time.
-
-    A group is a privacy unit, or else a text up to case and white space. Its side is a function
-    of seed and group alone, so other records never move it, and what several sites hold is held
-    out at all of them.
-    """
-    train: list[Example] = []
-    heldout: list[Example] = []
-    for example in examples:
-        held = _fraction("split", seed, _group(example, by_unit=by_unit)) < share
-        (heldout if held else train).append(example)
-    return train, heldout
 
 
 def _site_data(
@@ -214,35 +215,18 @@ def _site_data(
     heldout: Sequence[Example],
     labels: tuple[str, ...],
     seed: int,
-    fold: str,
+    found: Sequence[Example] = (),
     lenient: bool = False,
 ) -> SiteData:
-    # The side that yields must not tell of the other: public metrics must not depend on private
-    # records, and training on private records not on further private ones.
-    if lenient and data.heldout_public:
-        public = {normalised(example.text) for example in heldout}
-        train = [
-            dataclasses.replace(one, usable=one.usable and normalised(one.text) not in public)
-            for one in train
-        ]
-    elif data.heldout_public:
-        train = _without(train, heldout)
-    elif not lenient:
-        heldout = _without(heldout, train)
     by_unit = bool(data.unit)
-    first_half = fold == "test"
-    heldout = [
-        example
-        for example in heldout
-        if (_fraction("fold", seed, _group(example, by_unit=by_unit)) < 0.5) == first_half
-    ]
     kept = _shuffled(train, seed=seed) if lenient else _distinct(train, seed=seed, by_unit=by_unit)
     if len(kept) < 2:
         raise DataError(
             f"site {name}: fewer than 2 different training records are left after the held-out ones were "
-            "set apart. Give it more records, lower data.heldout, or use fewer sites."
+            f"set apart. {shared_texts(data, found)}Give it more records, lower data.heldout, or use fewer "
+            "sites."
         )
-    rows = sorted(json.dumps([*_contents(example), example.unit]) for example in kept)
+    rows = sorted(json.dumps([*contents(example), example.unit]) for example in kept)
     return SiteData(
         name=name,
         train=kept,
@@ -256,46 +240,24 @@ def _site_data(
 
 
 @lru_cache(maxsize=4)
-def _partition(
-    data: DataSettings, sites: int, seed: int, stamp: tuple[int, int]
-) -> tuple[datasets.Dataset, ...]:
-    """Share the records among sites; every record goes to exactly one."""
-    # slow to import, and real sites do not need it
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, NaturalIdPartitioner
-
-    records = load_records(data)
-    if records.num_rows < 2 * sites:
-        raise DataError(
-            f"{records.num_rows} records cannot be shared among federation.sites={sites}; use fewer sites."
-        )
-    if data.partition == "column":
-        partitioner = NaturalIdPartitioner(partition_by="site")
-    elif data.partition == "iid":
-        partitioner = IidPartitioner(num_partitions=sites)
-        records = records.shuffle(seed=seed)
-    elif data.task == "generate":
-        raise ConfigError("data.partition=dirichlet mixes labels, and data.task=generate has none.")
-    else:
-        partitioner = DirichletPartitioner(
-            num_partitions=sites,
-            partition_by="label",
-            alpha=data.dirichlet_alpha,
-            min_partition_size=min(10, records.num_rows // (2 * sites)),
-            self_balancing=True,
-            seed=seed,
-        )
-        records = records.shuffle(seed=seed)
-    partitioner.dataset = records
-    # the partitioners show a progress bar and tell of every new draw
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            return tuple(partitioner.load_partition(index) for index in range(sites))
-        except ValueError:
-            raise DataError(
-                f"data.dirichlet_alpha={data.dirichlet_alpha:g} leaves a site of {sites} without records; "
-                "raise it, or use fewer sites."
-            ) from None
+def _everyone(
+    data: DataSettings, seed: int, fold: str, stamp: tuple[int, int]
+) -> tuple[Sequence[Example], set[str]]:
+    """Return what all simulated sites train on, and the texts that stay on their side at all of them."""
+    examples = _examples(load_records(data))
+    by_unit = bool(data.unit)
+    train, heldout = split(examples, by_unit=by_unit, share=data.heldout, seed=seed)
+    staying = texts_of(heldout if data.heldout_public else train)
+    train, heldout = apart(train, heldout, staying, public=data.heldout_public)
+    require_fold(
+        "the simulated sites",
+        data,
+        examples,
+        of_fold(heldout, by_unit=by_unit, seed=seed, fold=fold),
+        share=data.heldout,
+        fold=fold,
+    )
+    return train, staying
 
 
 def _examples(records: datasets.Dataset) -> list[Example]:
@@ -306,17 +268,6 @@ def _examples(records: datasets.Dataset) -> list[Example]:
     usable = columns.get("usable", [True] * records.num_rows)
     rows = zip(columns["text"], columns["label"], *optional, options, usable, strict=True)
     return [Example(*row) for row in rows]
-
-
-def _group(example: Example, *, by_unit: bool) -> str:
-    # public records belong to nobody
-    return f"unit {example.unit}" if by_unit and example.unit else f"text {normalised(example.text)}"
-
-
-def _without(examples: Sequence[Example], others: Iterable[Example]) -> list[Example]:
-    """Return the examples whose text, up to case and white space, is not among the others'."""
-    texts = {normalised(example.text) for example in others}
-    return [example for example in examples if normalised(example.text) not in texts]
 
 
 def _owned(examples: Sequence[Example]) -> tuple[tuple[int, ...], ...]:
@@ -336,27 +287,10 @@ def _distinct(examples: Iterable[Example], *, seed: int, by_unit: bool) -> tuple
     kept: dict[tuple[str, ...], Example] = {}
     for example in sorted(examples, key=lambda example: example.unit):
         owner = (example.unit,) if by_unit else ()
-        kept.setdefault((*_contents(example), *owner), example)
+        kept.setdefault((*contents(example), *owner), example)
     return _shuffled(kept.values(), seed=seed)
 
 
 def _shuffled(examples: Iterable[Example], *, seed: int) -> tuple[Example, ...]:
     """Return the examples in an order that contents decide."""
-    return tuple(sorted(examples, key=lambda item: _digest("order", seed, *_contents(item))))
-
-
-def _contents(example: Example) -> tuple[str, ...]:
-    # what a record lacks leaves its hash, and so the order of records, as it was
-    pair = (example.pair,) if example.pair else ()
-    rejected = ("rejected", example.rejected) if example.rejected else ()
-    options = ("options", *example.options) if example.options else ()
-    return (example.text, example.label, *pair, *rejected, *options)
-
-
-def _digest(*parts: object) -> bytes:
-    return hashlib.sha256(json.dumps(parts).encode()).digest()
-
-
-def _fraction(*parts: object) -> float:
-    """Return a number in [0, 1) that is a pure function of the parts."""
-    return int.from_bytes(_digest(*parts)[:6]) / 2**48
+    return tuple(sorted(examples, key=lambda item: digest("order", seed, *contents(item))))

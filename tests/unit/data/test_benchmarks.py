@@ -39,6 +39,7 @@ def test_a_csv_holds_texts(tmp_path: Path) -> None:
         ("a.jsonl", b"", "no rows"),
         ("a.csv", b"text,label\n", "no rows"),
         ("a.csv", b"text\n\xff\n", "not a readable .csv"),
+        ("a.csv", b"label,secret,secret\na,x,y\n", "columns 2 and 3 have one name; rename one"),
         ("a.parquet", b"secret", "not a readable .parquet"),
     ],
 )
@@ -48,6 +49,17 @@ def test_wrong_files(tmp_path: Path, name: str, content: bytes | None, message: 
     with pytest.raises(DataError, match=message) as caught:
         file_rows(tmp_path / name)
     assert "secret" not in str(caught.value)
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="columns 1 and 2 have one name"):
+        file_rows(tmp_path / "a.parquet")
+
+
+def test_columns_without_a_name_may_be_many(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label,,\na,1,,\n")
+    assert file_rows(tmp_path / "a.csv")[0]["label"] == "1"
 
 
 def hub(**splits: int) -> datasets.DatasetDict:

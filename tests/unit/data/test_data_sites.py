@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedllm.data.heldout import split
 from fedllm.data.records import Example, normalised
-from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names, split
+from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
 from fedllm.data.sources import load_records
 from fedllm.errors import ConfigError, DataError
 from fedllm.settings import DataSettings
@@ -338,3 +339,149 @@ def test_public_records_are_scored_record_by_record_where_a_site_has_units(tmp_p
     ]
     assert all(folds)
     assert sum(map(len, folds)) == 40
+
+
+MODES = ({}, {"pooled": True})
+
+
+def notes(patients: int, kept: int) -> list[Example]:
+    """Return four notes of each patient: some are written again and again, one is the patient's own."""
+    rows = [(f"note {(3 * p + i) % kept}", f"p{p}") for p in range(patients) for i in range(3)]
+    rows += [(f"of patient {p} alone", f"p{p}") for p in range(patients)]
+    return [Example(text, "xyz"[len(text) % 3], owner) for text, owner in rows]
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+@pytest.mark.parametrize("public", [False, True])
+def test_with_units_what_is_held_out_at_one_site_trains_at_none(
+    tmp_path: Path, partition: str, public: bool
+) -> None:
+    path = write(tmp_path, notes(200, 450))
+    data = replace(FILE, path=path, unit="unit", partition=partition, heldout=0.3, heldout_public=public)
+    alone, central = (
+        [simulated_site(data, sites=4, seed=1, index=index, **mode) for index in range(4)] for mode in MODES
+    )
+    held = set().union(*(texts(site.heldout) for site in alone))
+    assert held
+    assert not held & set().union(*(texts(site.train) for site in (*alone, *central)))
+    # every mode scores the same records, and the central one trains on those of all sites
+    assert [site.heldout for site in alone] == [site.heldout for site in central]
+    everyone = Counter(example for site in alone for example in site.train)
+    assert all(Counter(site.train) == everyone for site in central)
+
+
+@FILES
+@given(
+    owners=st.lists(st.sampled_from("abcdefgh"), min_size=20, max_size=60),
+    partition=st.sampled_from(["iid", "dirichlet"]),
+    seed=st.integers(0, 9),
+)
+def test_a_unit_is_at_one_site(tmp_path: Path, owners: list[str], partition: str, seed: int) -> None:
+    rows = [Example(f"text {i}", "xy"[i % 2], owner) for i, owner in enumerate("abcdefgh" * 2)]
+    rows += [Example(f"more {i}", "xy"[i % 2], owner) for i, owner in enumerate(owners)]
+    data = replace(FILE, path=write(tmp_path, rows), unit="unit", partition=partition, heldout=0.0)
+    shares = [simulated_site(data, sites=2, seed=seed, index=index) for index in range(2)]
+    assert Counter(example for site in shares for example in site.train) == Counter(rows)
+    assert not set.intersection(*({example.unit for example in site.train} for site in shares))
+
+
+def test_dirichlet_skews_the_labels_of_whole_units(tmp_path: Path) -> None:
+    # a patient's commonest label decides, whatever the first record says
+    rows = [
+        Example(f"{p} {i}", "z" if i == 0 else "xy"[p % 2], f"p{p}") for p in range(120) for i in range(4)
+    ]
+    path = write(tmp_path, rows)
+
+    def largest_share(partition: str) -> float:
+        data = replace(FILE, path=path, unit="unit", partition=partition, dirichlet_alpha=0.1, heldout=0.0)
+        counts = Counter(
+            e.label for e in simulated_site(data, sites=2, seed=1, index=0).train if e.label != "z"
+        )
+        return max(counts.values()) / sum(counts.values())
+
+    assert largest_share("iid") < 0.7 < largest_share("dirichlet")
+
+
+def test_too_few_units(tmp_path: Path) -> None:
+    path = write(tmp_path, [Example(f"text {i}", "x", f"p{i % 3}") for i in range(60)])
+    with pytest.raises(DataError, match=r"3 units \(data.unit\) cannot be shared among federation.sites=2"):
+        simulated_site(replace(FILE, path=path, unit="unit"), sites=2, seed=1, index=0)
+
+
+def cards(folder: Path, *, asked: str = "Answer this.", count: int = 90, first: int = 0) -> str:
+    """Write records whose first text is one of few sentences; the question is the second one."""
+    path = fresh(folder)
+    rows = "".join(f"{asked},question {i},{'xy'[i % 2]}\n" for i in range(first, first + count))
+    path.write_text("ask,question,label\n" + rows)
+    return str(path)
+
+
+CARDS = replace(FILE, text="ask", pair="question")
+SHARED = r"(\d+) of \1 different records share their text in the column 'ask' \(data.text\) with others"
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_split_that_shared_texts_forbid_is_refused(tmp_path: Path, seed: int, pooled: bool) -> None:
+    data = replace(CARDS, path=cards(tmp_path), heldout=0.5)
+    folds = ("test", "validation")
+    # whichever side the one sentence falls on
+    with pytest.raises(DataError, match=SHARED):
+        [simulated_site(data, sites=9, seed=seed, index=0, fold=fold, pooled=pooled) for fold in folds]
+    with pytest.raises(DataError, match=f"site north: .*{SHARED}.*the column that tells records apart"):
+        [site_from_file(data, path=data.path, name="north", seed=seed, fold=fold) for fold in folds]
+    told = replace(data, text="question", pair="")
+    assert simulated_site(told, sites=3, seed=seed, index=0, pooled=pooled).heldout
+    assert len(simulated_site(replace(data, heldout=0.0), sites=1, seed=seed, index=0).train) == 90
+
+
+def test_a_fold_that_the_texts_of_units_leave_empty_is_refused(tmp_path: Path) -> None:
+    rows = [Example(f"note {(3 * p + i) % 40}", "xy"[i % 2], f"p{p}") for p in range(100) for i in range(3)]
+    data = replace(FILE, path=write(tmp_path, rows), unit="unit", heldout=0.3)
+    with pytest.raises(DataError, match="300 of 300 different records share their text"):
+        simulated_site(data, sites=4, seed=1, index=0)
+    # public ones stay, and training records yield
+    assert simulated_site(replace(data, heldout_public=True, heldout=0.1), sites=2, seed=1, index=0).heldout
+
+
+def test_a_fold_may_be_empty_by_chance(tmp_path: Path) -> None:
+    rows = [*many(5), replace(many(1)[0], label="other")]
+    data = replace(FILE, path=write(tmp_path, rows), heldout=0.2)
+    found = [simulated_site(data, sites=1, seed=seed, index=0).heldout for seed in range(6)]
+    assert () in found
+
+
+def test_a_public_file_that_forbids_all_training_is_refused(tmp_path: Path) -> None:
+    own, public = cards(tmp_path), cards(tmp_path, first=500)
+    for kind in ("heldout_path", "private_heldout_path"):
+        with pytest.raises(DataError, match=f"site north: .*{SHARED}"):
+            [
+                site_from_file(CARDS, path=own, name="north", seed=1, fold=fold, **{kind: public})
+                for fold in ("test", "validation")
+            ]
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_the_sites_log_says_what_a_public_file_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lenient: bool
+) -> None:
+    own, public = (
+        write(tmp_path, many(20)),
+        write(tmp_path, [Example(f"Text {i}", "x", "") for i in range(5)]),
+    )
+    for _ in range(2):
+        site_from_file(FILE, path=own, name="north", seed=1, heldout_path=public, lenient=lenient)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "site north: 5 of 20 training records do not train: their text, in the column 'text', is in the "
+        "public held-out file."
+    ]
+
+
+def test_a_private_site_is_not_refused_for_what_its_records_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own, public = cards(tmp_path), cards(tmp_path, first=500)
+    site = site_from_file(CARDS, path=own, name="north", seed=1, heldout_path=public, lenient=True)
+    assert (len(site.units), sum(example.usable for example in site.train)) == (90, 0)
+    assert "90 of 90 training records do not train" in caplog.text

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from fedllm.config import Config
-from fedllm.data.check import REFUSED, check_file
+from fedllm.data.check import REFUSED, REPEATED, check_file
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.options import fault, letter_of, letters, listed, record_options
 from fedllm.data.records import Example
@@ -131,7 +131,37 @@ def test_options_missing_at_the_end_are_none() -> None:
     assert record_options(["x", "y", None, float("nan")]) == ("x", "y")
     assert record_options(["x|y| "]) == ("x", "y")
     assert record_options([["x", 2]]) == ("x", "2")
-    assert record_options([[]]) == record_options([""]) == ()
+    assert record_options([[]]) == record_options([""]) == record_options([None]) == ()
+    assert record_options([float("nan")]) == ()
+
+
+def test_a_number_is_written_alike_in_options_and_answers(tmp_path: Path) -> None:
+    # an integer column with gaps arrives as floats
+    table = {"text": ["q", "r"], "a": [1.0, 3.0], "b": [2.5, 4.0], "label": [1.0, 4.0]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    found = load_records(settings(tmp_path / "a.parquet", options="a,b", answers="text"))
+    assert found["options"][:] == [["1", "2.5"], ["3", "4"]]
+    assert found["label"][:] == ["A", "B"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_private_site_keeps_a_record_without_options(tmp_path: Path, kind: str) -> None:
+    rows = [*ROWS, {"text": "Which?", "options": None, "label": 0}]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "csv":
+        csv_file(path)
+        path.write_text(path.read_text() + "Which?,,0\n")
+    else:
+        jsonl(path, rows)
+    site = site_from_file(settings(""), path=str(path), name="north", seed=1, lenient=True)
+    assert [example.text for example in site.train if not example.usable] == ["Which?"]
+    report = check_file(path, settings(""))
+    assert report.choices is not None
+    assert report.choices.faults == {"fewer than two options": (1, 4)}
+    with pytest.raises(DataError, match="record 4 has fewer than two options"):
+        load_records(settings(path))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +180,8 @@ def test_options_missing_at_the_end_are_none() -> None:
         ({"options": {"A": "secret"}, "label": "A"}, "letter", "no readable options in 'options'"),
         ({"options": [["secret"], "y"], "label": "A"}, "letter", "no readable options"),
         ({"options": 7, "label": "A"}, "letter", "no readable options"),
-        ({"label": "A"}, "letter", "no readable options"),
+        ({"label": "A"}, "letter", "fewer than two options"),
+        ({"options": None, "label": "A"}, "letter", "fewer than two options"),
     ],
 )
 def test_a_wrong_record_is_named_and_not_quoted(
@@ -244,7 +275,7 @@ def test_a_check_counts_what_is_wrong(tmp_path: Path, tokenizer: PreTrainedToken
     assert report.choices is not None
     assert (report.choices.fewest, report.choices.most, report.choices.repeated) == (2, 4, 1)
     assert report.warnings == (
-        "1 records repeat an earlier one and will be dropped.",
+        f"1 records {REPEATED}.",
         f"1 records have fewer than two options (the first: record 7); {REFUSED}.",
         "2 records have an answer that is not the index of one of its options (the first: record 8); "
         f"{REFUSED}.",
