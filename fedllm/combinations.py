@@ -73,10 +73,9 @@ def require_together(config: Config) -> None:
             f"federation.sites_per_round: {federation.sites_per_round} cannot be drawn from "
             f"{federation.sites} sites."
         )
-    if federation.quorum > (federation.sites_per_round or federation.sites):
+    if federation.quorum > federation.drawn:
         raise ConfigError(
-            f"federation.quorum: {federation.quorum} replies cannot come from "
-            f"{federation.sites_per_round or federation.sites} sites."
+            f"federation.quorum: {federation.quorum} replies cannot come from {federation.drawn} sites."
         )
     _check_options(config)
     _check_objective(config)

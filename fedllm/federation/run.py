@@ -20,7 +20,7 @@ from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis, projections, require_same_basis
 from fedllm.adapters.export import load_state
 from fedllm.adapters.state import AdapterSpec, AdapterState, require_same_layout
-from fedllm.aggregation import RoundPlan, Rule, ServerOptimizer, make_optimizer, make_rule
+from fedllm.aggregation import RULES, RoundPlan, Rule, ServerOptimizer, make_optimizer, make_rule
 from fedllm.aggregation.lowrank import Matrix64
 from fedllm.config import Config
 from fedllm.errors import FedllmError, MismatchError, RunError, WireError
@@ -469,10 +469,10 @@ def _require_fitting(run: ServerRun, hello: _Hello, *, simulated: bool) -> None:
         raise MismatchError(f"site {name}: another node joined under this name")
     if run.peers and simulated is not run.simulated:
         raise MismatchError(f"site {name}: simulated and real sites do not train together")
-    if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
-        raise MismatchError(
-            f"site {name}: trains rank {rank}, and {run.rule.about.title} needs {run.spec.rank}"
-        )
+    # a baseline takes the sites that its recipe's own rule takes
+    about = RULES[run.config.strategy.name].about
+    if rank < 1 or (rank < run.spec.rank and not about.unequal_ranks):
+        raise MismatchError(f"site {name}: trains rank {rank}, and {about.title} needs {run.spec.rank}")
     if basis_from_seed(run.spec) is not None and run.basis is not None:
         require_same_basis(projections(run.basis, seed=run.spec.basis), hello.projections, site=name)
 
