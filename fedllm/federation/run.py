@@ -26,6 +26,7 @@ from fedllm.config import Config
 from fedllm.errors import FedllmError, MismatchError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.heads import LedgerHeads
+from fedllm.federation.local import codec_down
 from fedllm.federation.makebasis import WITH_CORE, read_basis
 from fedllm.federation.outgoing import Folded, Piece, Sender, load_folded
 from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, text, whole
@@ -135,7 +136,8 @@ class ServerRun:
         self, peers: list[Peer], round: int, **more: Note
     ) -> list[tuple[Peer, dict[str, Note], Parts]]:
         """Return each peer's message for a round: notes and payloads."""
-        sender, plan = Sender(self.config, self.state, self.folded, self.kept), self.plan(round)
+        codec, plan = codec_down(self.config, round), self.plan(round)
+        sender = Sender(self.config, self.state, self.folded, self.kept, codec=codec)
         found = []
         for peer in peers:
             notes, parts = sender.message(peer.name, peer.rank, plan)

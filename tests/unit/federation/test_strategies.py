@@ -291,6 +291,33 @@ def test_what_a_download_leaves_out_is_not_lost_to_the_federation(name: str, fed
         assert all(np.allclose(state.tensors[key], kept.tensors[key], atol=1e-6) for key in kept.tensors)
 
 
+@pytest.mark.parametrize("name", ["fedit", "rolora"])
+def test_what_is_scored_at_the_end_is_what_is_exported(name: str, federate: Any, events: Any) -> None:
+    settings = {"train__lr": 5e-2, "federation__rounds": 1, **options(name)}
+    lossy = federate(dir="lossy", wire__codec_down="int4", **settings)
+    exact = settings | {"strategy__name": "fedit"} | STILL
+    again = federate(dir="again", adapter__init=str(lossy.adapter_dir), **exact)
+    losses = [
+        {e["site"]: e["loss"] for e in events(folder, "evaluated") if e["stage"] == "final"}
+        for folder in (lossy, again)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    sent = [
+        sum(e["bytes_down"] for e in events(folder, "traffic") if e["stage"] == "evaluation")
+        for folder in (lossy, again)
+    ]
+    assert sent[0] == pytest.approx(sent[1], rel=0.05)
+
+
+def test_a_personal_adapter_has_the_federations_own_matrices(federate: Any) -> None:
+    folder = federate(wire__codec_down="int4", **options("fedsa"))
+    shared, own = (
+        load_state(path)[0] for path in (folder.adapter_dir, folder.site_dir("site-1") / "adapter")
+    )
+    down = [key for key in shared.tensors if key.endswith(".A")]
+    assert all(np.array_equal(shared.tensors[key], own.tensors[key]) for key in down)
+
+
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
 def test_server_optimisers_run_and_resume_with_their_moments(
     optimizer: str, federate: Any, resume: Any
