@@ -104,7 +104,7 @@ class AdapterSettings:
         "", "ranks of the simulated sites in turn, such as 16,8,4; empty: adapter.rank at every site"
     )
     alpha: float = setting(0.0, "the update is scaled by alpha/rank; 0 means alpha = rank", minimum=0)
-    rslora: bool = setting(False, "rank-stabilised scaling: alpha/sqrt(rank); alpha 0 means a scale of 1")
+    rslora: bool = setting(False, "rank-stabilised scaling: alpha/sqrt(rank); needs an alpha")
     heads: int = setting(4, "heads of ravan; each has rank adapter.rank", minimum=1)
     dropout: float = setting(0.0, "dropout on the adapter's input while training", minimum=0, maximum=0.9)
     targets: str = setting("all-linear", "all-linear, or module names separated by commas")

@@ -24,6 +24,7 @@ class Lora(LoraFamily):
     title = "LoRA"
     paper = "arXiv 2106.09685"
     trains = "A, B"
+    factored = True
     branches: ClassVar[tuple[tuple[str, str], ...]] = (("B", "A"),)
 
     @override

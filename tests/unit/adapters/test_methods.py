@@ -127,6 +127,15 @@ def test_start_is_the_base_and_round_trip_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_methods_say_whether_zeros_are_the_base(name: str) -> None:
+    method, spec = METHODS[name], make_spec(name)
+    model, ids = inject(name, spec), torch.randint(0, 300, (2, 9))
+    write_state(method, model, method.initial_state(spec, seed=SEED).zeros())
+    ours, base = logits(model, ids)[:, -9:], tiny()(ids).logits
+    assert torch.allclose(ours, base, atol=2e-6) == method.zero_is_base
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_only_the_named_matrices_train(name: str) -> None:
     method, spec = METHODS[name], make_spec(name)
     model = inject(name, spec)

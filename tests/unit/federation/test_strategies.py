@@ -516,7 +516,25 @@ def test_estimates_are_within_a_tenth_of_what_is_sent(name: str, federate: Any, 
             {"adapter.method": "lora", "strategy.name": "fedit", "strategy.server_optimizer": "fedadam"},
             "momentum on A and B apart is not well-defined",
         ),
+        *(
+            (
+                {"adapter.method": method, "strategy.server_optimizer": "fedadam"},
+                "momentum on A and B apart is not well-defined",
+            )
+            for method in ("lora", "hydra", "dora")
+        ),
         ({"strategy.server_lr": 0.5}, "strategy.server_optimizer=none has no learning rate"),
+        (
+            {"adapter.method": "lora", "strategy.name": "hetlora", "strategy.weighting": "examples"},
+            "strategy.weighting=examples: strategy.name=hetlora weighs sites by the norm of their update",
+        ),
+        *(
+            (
+                {"adapter.method": method, "wire.codec_down": "topk:0.5+int8"},
+                f"wire.codec_down=topk:0.5+int8: a zero of adapter.method={method} is not 'no change",
+            )
+            for method in ("ia3", "prompt")
+        ),
         (
             {"adapter.method": "lora", "strategy.name": "flora", "wire.codec": "topk:0.1"},
             "factors with holes",
