@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
+from safetensors.numpy import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -175,6 +176,24 @@ def test_export_loads_in_plain_peft_with_equal_logits(name: str, tmp_path: Path)
     assert again.spec == spec
     assert seed == SEED
     assert all(np.array_equal(again.tensors[key], state.tensors[key]) for key in state.tensors)
+
+
+def test_doras_magnitudes_start_from_the_exact_norms_of_a_bfloat16_base(tmp_path: Path) -> None:
+    method, spec = METHODS["dora"], make_spec("dora")
+    model = inject("dora", spec, tiny().bfloat16())
+    start = method.initial_state(spec, seed=SEED)
+    write_state(method, model, start)
+    save_with_base(start, tiny().bfloat16(), tmp_path, base_model="tiny")
+    exported = load_file(tmp_path / "adapter_model.safetensors")
+    norms = {key: value for key, value in exported.items() if key.endswith("lora_magnitude_vector")}
+    assert len(norms) == len(spec.shapes)
+    for key, norm in norms.items():
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")
+        trained = method.parameters(model)[f"{module}.M"]
+        assert trained.dtype == torch.float32
+        assert np.array_equal(trained.detach().numpy(), norm)
+        frozen = tiny().bfloat16().get_submodule(module).get_parameter("weight").detach()
+        assert np.allclose(norm, frozen.float().norm(dim=1).numpy())
 
 
 def test_hydra_merges_into_weight_and_bias_as_its_paper_says() -> None:
