@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from fedllm.federation.estimate import estimate
 from fedllm.federation.generate import export_adapter, export_gguf, export_merged
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.records import pack, unpack
-from fedllm.models.load import load_base
+from fedllm.models.load import load_base, resolve
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
-from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES
+from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES, ModelSettings
 from fedllm.wire import encode_with_feedback
 from strategies import STRATEGIES as CLASSES
 from strategies.base import AdapterStrategy
@@ -562,9 +563,9 @@ def test_combinations_that_cannot_hold_are_refused(values: dict[str, Any], messa
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["fed-sb", "hydra"])
+@pytest.mark.parametrize("method", ["fed-sb", "hydra", "dora"])
 def test_the_merged_model_needs_no_peft_and_says_the_same(method: str, federate: Any, tmp_path: Path) -> None:
-    strategy = "fedit" if method == "hydra" else "fed-sb"
+    strategy = {"fed-sb": "fed-sb", "hydra": "fedit", "dora": "average"}[method]
     folder = federate(adapter__method=method, strategy__name=strategy, train__lr=5e-2)
     merged = export_merged(folder.path, tmp_path / "merged")
     whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
@@ -587,6 +588,30 @@ def test_the_merged_model_needs_no_peft_and_says_the_same(method: str, federate:
         export_gguf(folder.path, file.parent)
     with pytest.raises(ConfigError, match="'q3' is not one of f32, f16, q8_0"):
         export_gguf(folder.path, tmp_path / "other", quantization="q3")
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.export == "base"])
+def test_a_base_with_some_biases_takes_in_what_is_made_with_the_base(
+    method: str, federate: Any, tmp_path: Path
+) -> None:
+    plain = resolve(ModelSettings(name="tiny-llama"))
+    place = shutil.copytree(plain, tmp_path / "biased")
+    biased = AutoModelForCausalLM.from_pretrained(plain, attention_bias=True, dtype=torch.float32).eval()
+    for name, parameter in biased.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    biased.save_pretrained(place)
+    folder = federate(adapter__method=method, model__path=str(place), train__lr=5e-2, federation__rounds=1)
+    whole = AutoModelForCausalLM.from_pretrained(
+        export_merged(folder.path, tmp_path / "merged"), dtype=torch.float32
+    )
+    ids = torch.arange(3, 40)[None]
+    adapter = export_adapter(folder.path, tmp_path / "adapter")
+    with torch.no_grad():
+        base = biased(input_ids=ids).logits
+        peft = PeftModel.from_pretrained(biased, adapter).eval()(input_ids=ids).logits
+        assert torch.allclose(whole.eval()(input_ids=ids).logits, peft, atol=1e-5)
+    assert not torch.allclose(base, peft, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
