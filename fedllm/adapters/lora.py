@@ -132,4 +132,5 @@ class Dora(Lora):
 
 def magnitudes(weight: Matrix) -> Matrix:
     """Return the norm of each row of a weight (out, in), which DoRA starts from."""
-    return np.linalg.norm(weight, axis=1)
+    norms: Matrix = np.linalg.norm(weight, axis=1)
+    return norms

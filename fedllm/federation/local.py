@@ -86,7 +86,7 @@ def receive(
 
     Raises
     ------
-    MismatchError, WireError
+    MismatchError, RunError, WireError
         If something is missing or damaged.
     """
     groups = _groups(notes)
@@ -109,7 +109,7 @@ def receive(
         start = start.updated(decode(parts[ADAPTER], spec=spec, layout=layout, codec=codec))
     state = start
     if plan.personal:
-        kept = memory.load("personal", spec, round=0, before=round)
+        kept = memory.require("personal", spec, before=round)
         state = start if kept is None else start.updated(kept)
     return Start(
         shared=start, state=state, folded=join_factors([read_factors(blobs[d], spec) for d in folded])
