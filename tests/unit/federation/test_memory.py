@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
+from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
 from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.errors import RunError
 from fedllm.federation.memory import SiteMemory
+from fedllm.federation.records import pack, unpack
+from fedllm.runs.folder import load_config
+from fedllm.training.spec import adapter_spec
+from fedllm.wire import encode
 
 SPEC = AdapterSpec(method="lora", rank=2, scale=1.0, shapes={"layer": (3, 4)}, basis="none", base="x")
 
@@ -60,6 +65,31 @@ def test_matrices_that_are_damaged_or_gone_are_not_begun_anew_in_silence(tmp_pat
     # a run that begins again has lost nothing, and neither has a site that repeats its first round
     assert value_before(memory, 1) is None
     assert value_before(saved(tmp_path / "late", range(5, 6)), 5) is None
+
+
+def test_a_run_goes_back_behind_a_spoilt_round(federate: Any, resume: Any, events: Any) -> None:
+    def spoil(message: Message, reply: Message) -> Message:
+        notes, parts = unpack(reply.content)
+        if message.metadata.message_type != "train" or message.metadata.group_id != "2":
+            return reply
+        spec = METHODS["lora"].initial_state(adapter_spec(config), seed="00").only(("A",))
+        huge = spec.with_tensors({key: np.full_like(value, 1e37) for key, value in spec.tensors.items()})
+        payload = encode(huge, codec="float32") if notes["site"] == "site-1" else parts["adapter"]
+        return Message(pack(notes, {**parts, "adapter": payload}), reply_to=message)
+
+    settings: dict[str, Any] = {"federation__rounds": 3, "strategy__name": "fedsa", "adapter__method": "lora"}
+    whole = federate(dir="whole", **settings)
+    config = load_config(whole)
+    with pytest.raises(RunError, match="round 3"):
+        federate(spoil, **settings)
+    broken = whole.path.parent / "run"
+    (broken / "checkpoints" / "round-0002.safetensors").unlink()
+    resumed = resume(broken)
+    for path in (resumed.adapter_dir, resumed.site_dir("site-1") / "adapter"):
+        left, right = (
+            load_state(folder)[0] for folder in (path, whole.path / path.relative_to(resumed.path))
+        )
+        assert all(np.array_equal(left.tensors[key], right.tensors[key]) for key in right.tensors)
 
 
 def test_a_site_without_its_own_matrices_is_set_aside_with_the_reason(
