@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Error, Message
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state
@@ -26,13 +23,13 @@ from fedllm.errors import ConfigError, MismatchError, RunError, WireError
 from fedllm.federation import local
 from fedllm.federation.blobs import BlobStore, digest
 from fedllm.federation.estimate import estimate
-from fedllm.federation.generate import export_adapter, export_gguf, export_merged
+from fedllm.federation.generate import export_adapter
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.records import pack, unpack
-from fedllm.models.load import load_base, resolve
+from fedllm.models.load import load_base
 from fedllm.privacy.ledger import Ledger
 from fedllm.runs.folder import RunFolder
-from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES, ModelSettings
+from fedllm.settings import ADAPTERS, SERVER_OPTIMIZERS, STRATEGIES
 from fedllm.wire import encode_with_feedback
 from strategies import STRATEGIES as CLASSES
 from strategies.base import AdapterStrategy
@@ -561,57 +558,6 @@ def test_combinations_that_cannot_hold_are_refused(values: dict[str, Any], messa
     with pytest.raises(ConfigError) as caught:
         check_recipe(Config.from_flat(values))
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("method", ["fed-sb", "hydra", "dora"])
-def test_the_merged_model_needs_no_peft_and_says_the_same(method: str, federate: Any, tmp_path: Path) -> None:
-    strategy = {"fed-sb": "fed-sb", "hydra": "fedit", "dora": "average"}[method]
-    folder = federate(adapter__method=method, strategy__name=strategy, train__lr=5e-2)
-    merged = export_merged(folder.path, tmp_path / "merged")
-    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    adapter = export_adapter(folder.path, tmp_path / "adapter")
-    base = load_base(Config.from_flat({"model.name": "tiny-llama", "model.dtype": "float32"}).model)
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        plain = base(input_ids=ids).logits
-        peft = PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids).logits
-        assert torch.allclose(whole(input_ids=ids).logits, peft, atol=1e-5)
-    assert not torch.allclose(plain, peft, atol=1e-5)
-    with pytest.raises(RunError, match="exists already"):
-        export_merged(folder.path, merged)
-    file = export_gguf(folder.path, tmp_path / "gguf", quantization="f32")
-    assert file.name == "tiny-llama-f32.gguf"
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    with torch.no_grad():
-        assert torch.equal(read(input_ids=ids).logits, whole(input_ids=ids).logits)
-    with pytest.raises(RunError, match="exists already"):
-        export_gguf(folder.path, file.parent)
-    with pytest.raises(ConfigError, match="'q3' is not one of f32, f16, q8_0"):
-        export_gguf(folder.path, tmp_path / "other", quantization="q3")
-
-
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.export == "base"])
-def test_a_base_with_some_biases_takes_in_what_is_made_with_the_base(
-    method: str, federate: Any, tmp_path: Path
-) -> None:
-    plain = resolve(ModelSettings(name="tiny-llama"))
-    place = shutil.copytree(plain, tmp_path / "biased")
-    biased = AutoModelForCausalLM.from_pretrained(plain, attention_bias=True, dtype=torch.float32).eval()
-    for name, parameter in biased.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    biased.save_pretrained(place)
-    folder = federate(adapter__method=method, model__path=str(place), train__lr=5e-2, federation__rounds=1)
-    whole = AutoModelForCausalLM.from_pretrained(
-        export_merged(folder.path, tmp_path / "merged"), dtype=torch.float32
-    )
-    ids = torch.arange(3, 40)[None]
-    adapter = export_adapter(folder.path, tmp_path / "adapter")
-    with torch.no_grad():
-        base = biased(input_ids=ids).logits
-        peft = PeftModel.from_pretrained(biased, adapter).eval()(input_ids=ids).logits
-        assert torch.allclose(whole.eval()(input_ids=ids).logits, peft, atol=1e-5)
-    assert not torch.allclose(base, peft, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
