@@ -73,10 +73,9 @@ def require_together(config: Config) -> None:
             f"federation.sites_per_round: {federation.sites_per_round} cannot be drawn from "
             f"{federation.sites} sites."
         )
-    if federation.quorum > (federation.sites_per_round or federation.sites):
+    if federation.quorum > federation.drawn:
         raise ConfigError(
-            f"federation.quorum: {federation.quorum} replies cannot come from "
-            f"{federation.sites_per_round or federation.sites} sites."
+            f"federation.quorum: {federation.quorum} replies cannot come from {federation.drawn} sites."
         )
     _check_options(config)
     _check_objective(config)
@@ -172,6 +171,11 @@ def _check_model_and_adapter(config: Config) -> None:
     adapter, data = config.adapter, config.data
     if adapter.basis != "seeded" and adapter.method != "fed-sb":
         raise ConfigError(f"adapter.basis={adapter.basis} applies to adapter.method=fed-sb only.")
+    if adapter.rslora and not adapter.alpha:
+        raise ConfigError(
+            "adapter.rslora: scales by adapter.alpha, and 0 leaves the scale at 1; set adapter.alpha, or "
+            "adapter.rslora=false."
+        )
     if adapter.method == "dora" and config.model.quantization == "8bit":
         raise ConfigError(
             "adapter.method=dora: bitsandbytes loses an 8-bit base's scales when DoRA reads its norm; use "

@@ -104,7 +104,7 @@ class AdapterSettings:
         "", "ranks of the simulated sites in turn, such as 16,8,4; empty: adapter.rank at every site"
     )
     alpha: float = setting(0.0, "the update is scaled by alpha/rank; 0 means alpha = rank", minimum=0)
-    rslora: bool = setting(False, "rank-stabilised scaling: alpha/sqrt(rank); alpha 0 means a scale of 1")
+    rslora: bool = setting(False, "rank-stabilised scaling: alpha/sqrt(rank); needs an alpha")
     heads: int = setting(4, "heads of ravan; each has rank adapter.rank", minimum=1)
     dropout: float = setting(0.0, "dropout on the adapter's input while training", minimum=0, maximum=0.9)
     targets: str = setting("all-linear", "all-linear, or module names separated by commas")
@@ -185,12 +185,17 @@ class FederationSettings:
 
     mode: str = setting(
         "federated",
-        "federated; or a baseline: base (no training), local (each site alone), central (pooled records)",
+        "federated; or a baseline: base (no training), local (each site alone, in every round), central "
+        "(pooled records, with the steps of all sites that a round asks)",
         choices=("federated", "base", "local", "central"),
     )
     sites: int = setting(4, "number of sites", minimum=1)
     rounds: int = setting(5, "number of rounds", minimum=1)
-    sites_per_round: int = setting(0, "sites that train in a round, drawn anew for each; 0: all", minimum=0)
+    sites_per_round: int = setting(
+        0,
+        "sites that train in a round, drawn anew for each; 0: all (mode=local: all in any case)",
+        minimum=0,
+    )
     quorum: int = setting(
         0, "valid replies a round needs; 0: half of the sites that train in it, rounded up", minimum=0
     )
@@ -199,10 +204,15 @@ class FederationSettings:
     parallel: int = setting(0, "sites simulated at once, one core each; 0: as many as cores", minimum=0)
 
     @property
+    def drawn(self) -> int:
+        """Return how many sites of the federation train in a round."""
+        return self.sites_per_round or self.sites
+
+    @property
     def asked(self) -> int:
-        """Return how many sites train in a round."""
-        # the central baseline trains once, on the pooled records
-        return 1 if self.mode == "central" else self.sites_per_round or self.sites
+        """Return how many sites train in a round of the run's mode."""
+        # the central baseline trains once, on the pooled records; sites that train alone all go on
+        return {"central": 1, "local": self.sites}.get(self.mode, self.drawn)
 
     @property
     def needed(self) -> int:

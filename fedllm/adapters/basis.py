@@ -132,12 +132,12 @@ def svd_basis(weights: Mapping[str, npt.NDArray[np.float32]], *, rank: int) -> B
 
 
 def gradient_basis(
-    gradients: Mapping[str, npt.NDArray[np.float32]], *, rank: int, step: float | None
+    gradients: Mapping[str, npt.NDArray[np.float32]], *, rank: int, step: float | None, scale: float
 ) -> Basis:
     """Return Fed-SB's own start: the top singular directions of a first step of AdamW.
 
     ``-step sign(G)`` is that step for the summed gradient G (LoRA-SB, arXiv 2411.19557), and its best
-    rank-r approximation B R A is what training starts from. With ``step=None`` the directions are
+    rank-r approximation s B R A is what training starts from. With ``step=None`` the directions are
     those of -G itself and R starts at zero: the sign of a noised gradient has lost the little
     low-rank structure that noise leaves.
 
@@ -147,13 +147,15 @@ def gradient_basis(
         Module path -> summed gradient of the weight, shape (out, in).
     step : float or None
         Effective learning rate of that step.
+    scale : float
+        The adapter's s.
     """
     if step is None:
         return svd_basis({module: -gradient for module, gradient in gradients.items()}, rank=rank)
     updates = {m: np.asarray(-step * np.sign(g), dtype=np.float32) for m, g in gradients.items()}
     basis = svd_basis(updates, rank=rank)
     values = {m: np.diag(basis.up[m].T @ updates[m] @ basis.down[m].T) for m in updates}
-    return Basis(up=basis.up, down=basis.down, core={m: np.diag(v) for m, v in values.items()})
+    return Basis(up=basis.up, down=basis.down, core={m: np.diag(v / scale) for m, v in values.items()})
 
 
 def projections(basis: Basis, *, seed: str) -> tuple[float, ...]:

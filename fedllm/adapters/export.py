@@ -15,6 +15,7 @@ from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis
 from fedllm.adapters.hydra import merged_factors
 from fedllm.adapters.layers import Factors, frozen_weight
+from fedllm.adapters.lora import magnitudes
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 from fedllm.adapters.vectors import ia3_config
 from fedllm.errors import RunError
@@ -106,7 +107,7 @@ def save_with_base(state: AdapterState, base: nn.Module, folder: Path, *, base_m
         return
     factors = {m: (state.tensors[f"{m}.B"], state.tensors[f"{m}.A"]) for m in state.spec.shapes}
     tensors = _lora_tensors(factors) | {
-        f"{_PREFIX}{m}.lora_magnitude_vector": np.linalg.norm(weights[m], axis=1) + state.tensors[f"{m}.M"]
+        f"{_PREFIX}{m}.lora_magnitude_vector": magnitudes(weights[m]) + state.tensors[f"{m}.M"]
         for m in state.spec.shapes
     }
     spec = state.spec

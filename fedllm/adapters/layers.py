@@ -167,6 +167,16 @@ def unadapted(model: nn.Module) -> Iterator[None]:
             model.set_submodule(path, adapted)
 
 
+def drop_empty_biases(model: nn.Module) -> None:
+    """Take the adapter's bias off the maps whose base has none, so that PEFT can merge it.
+
+    A PEFT LoRA has biases at all of its maps or at none; where the base has none, Hydra's are zero.
+    """
+    for layer in adapted_layers(model).values():
+        if "bias" not in dict(layer.get_base_layer().named_parameters(recurse=False)):
+            layer.lora_bias[ADAPTER] = False
+
+
 def submodule(layer: LoraLayer, name: str) -> nn.Module:
     """Return the adapter's part of a PEFT layer, such as ``lora_A``."""
     found: nn.ModuleDict = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}[name]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from fedllm.adapters.basis import Basis, kaiming_basis
-from fedllm.adapters.layers import ADAPTER, LoraFamily, adapted_layers, submodule, weight_of
+from fedllm.adapters.layers import ADAPTER, LoraFamily, adapted_layers, frozen_weight, submodule, weight_of
 from fedllm.adapters.state import AdapterSpec, AdapterState, Matrix
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Lora(LoraFamily):
     title = "LoRA"
     paper = "arXiv 2106.09685"
     trains = "A, B"
+    factored = True
     branches: ClassVar[tuple[tuple[str, str], ...]] = (("B", "A"),)
 
     @override
@@ -106,8 +108,10 @@ class Dora(Lora):
         dtype: torch.dtype,
     ) -> None:
         magnitude = layer.lora_magnitude_vector[ADAPTER]
-        start = self.layer_parameters(layer)["M"].detach().clone()
-        magnitude.register_buffer("start", start, persistent=False)
+        # PEFT takes the norm in the base's number format, and an export needs the very same numbers
+        start = torch.tensor(magnitudes(frozen_weight(layer.get_base_layer())))
+        weight_of(magnitude).data = start.to(weight_of(magnitude).device)
+        magnitude.register_buffer("start", weight_of(magnitude).detach().clone(), persistent=False)
 
     @override
     def layer_parameters(self, layer: LoraLayer) -> dict[str, nn.Parameter]:
@@ -124,3 +128,9 @@ class Dora(Lora):
     @override
     def lora_factors(self, state: AdapterState, basis: Basis) -> Mapping[str, tuple[Matrix, Matrix]]:
         return super(Lora, self).lora_factors(state, basis)
+
+
+def magnitudes(weight: Matrix) -> Matrix:
+    """Return the norm of each row of a weight (out, in), which DoRA starts from."""
+    norms: Matrix = np.linalg.norm(weight, axis=1)
+    return norms

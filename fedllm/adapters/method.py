@@ -35,6 +35,12 @@ class AdapterMethod(ABC):
         adapter that can only be written where the base weights are (``fedllm export``).
     private : bool
         Whether per-example gradients of its matrices are implemented.
+    factored : bool
+        Whether both factors of a product train at once, so that ``(B G, G^-1 A)`` is the same update and
+        momentum on each of them is not well-defined.
+    zero_is_base : bool
+        Whether the model is the base where the matrices are zero, so that leaving entries out shrinks the
+        change of the base and does no more.
     """
 
     name: ClassVar[str]
@@ -46,6 +52,8 @@ class AdapterMethod(ABC):
     has_basis: ClassVar[bool] = False
     export: ClassVar[Literal["lora", "peft", "base"]] = "lora"
     private: ClassVar[bool] = True
+    factored: ClassVar[bool] = False
+    zero_is_base: ClassVar[bool] = True
 
     @abstractmethod
     def matrices(self, spec: AdapterSpec) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class Ia3(AdapterMethod):
     trains = "l"
     export = "peft"
     private = False
+    zero_is_base = False
 
     @override
     def matrices(self, spec: AdapterSpec) -> tuple[str, ...]:
@@ -82,6 +83,7 @@ class Prompt(AdapterMethod):
     trains = "P"
     export = "peft"
     private = False
+    zero_is_base = False
 
     @override
     def matrices(self, spec: AdapterSpec) -> tuple[str, ...]:

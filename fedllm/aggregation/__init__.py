@@ -106,6 +106,7 @@ def require_compatible(config: Config) -> None:
         Naming the settings and the reason.
     """
     about, adapter, strategy = RULES[config.strategy.name].about, config.adapter, config.strategy
+    method = METHODS[adapter.method]
     if about.adapters and adapter.method not in about.adapters:
         raise ConfigError(
             f"strategy.name={strategy.name} is defined for adapter.method={' or '.join(about.adapters)}, "
@@ -116,18 +117,29 @@ def require_compatible(config: Config) -> None:
         raise ConfigError(
             f"adapter.site_ranks: strategy.name={strategy.name} needs one rank at all sites; {able} do not."
         )
-    ambiguous = bool(METHODS[adapter.method].branches) and strategy.name in ("average", "fedit", "fedrot")
-    if strategy.server_optimizer != "none" and (ambiguous or not about.mean):
+    # a mean of any adapter's matrices is as well-defined as the adapter's are
+    well_defined = about.mean and (about.adapters or not method.factored)
+    if strategy.server_optimizer != "none" and not well_defined:
         factors = "momentum on A and B apart is not well-defined, since (B G, G^-1 A) is the same update"
         other = f"it works on a plain mean, which strategy.name={strategy.name} is not"
         raise ConfigError(
             f"strategy.server_optimizer={strategy.server_optimizer}: "
-            f"{factors if METHODS[adapter.method].branches else other}; use it with fed-sb, ravan, ffa, "
-            "rolora or fedsa."
+            f"{factors if method.factored else other}; use it with fed-sb, ravan, ffa, rolora or fedsa."
         )
     if strategy.server_lr and strategy.server_optimizer in ("none", "fedhyper"):
         raise ConfigError(
             f"strategy.server_lr: strategy.server_optimizer={strategy.server_optimizer} has no learning rate."
+        )
+    if strategy.name == "hetlora" and strategy.weighting == "examples":
+        raise ConfigError(
+            "strategy.weighting=examples: strategy.name=hetlora weighs sites by the norm of their update and "
+            "reads no counts; use uniform."
+        )
+    if "topk" in config.wire.codec_down and not method.zero_is_base:
+        raise ConfigError(
+            f"wire.codec_down={config.wire.codec_down}: a zero of adapter.method={adapter.method} is not 'no "
+            "change of the base', so that zeros for what is left out would destroy the model; use int8 or "
+            "bfloat16."
         )
     for key, codec in (("codec", config.wire.codec), ("codec_down", config.wire.codec_down)):
         if "topk" in codec and not keeps_coordinates(config):
@@ -146,8 +158,8 @@ def require_compatible(config: Config) -> None:
             f"site_privacy: strategy.name={strategy.name} does more than average what sites send, and "
             f"clipping bounds averages only; use {able}."
         )
-    if config.privacy.enabled and not METHODS[adapter.method].private:
-        able = ", ".join(name for name, method in METHODS.items() if method.private)
+    if config.privacy.enabled and not method.private:
+        able = ", ".join(name for name, other in METHODS.items() if other.private)
         raise ConfigError(
             f"adapter.method={adapter.method} has no per-example gradients, so it cannot train privately; "
             f"{able} can."

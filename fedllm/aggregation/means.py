@@ -158,7 +158,7 @@ class Local(Rule):
         noise_linear=True,
         secure=True,
         gauge_free=True,
-        unequal_ranks=False,
+        unequal_ranks=True,
         mean=False,
         personal=True,
     )

@@ -111,7 +111,7 @@ class RaFLoRA(FlexLoRA):
         down="r_k (m + n)",
         noise_linear=False,
         secure=False,
-        gauge_free=False,
+        gauge_free=True,
         unequal_ranks=True,
         mean=False,
     )
@@ -376,7 +376,9 @@ class FedASK(Rule):
         found: Products = {}
         for module in current.spec.shapes:
             basis, back = sums.pop(f"{module}.Q"), sums.pop(f"{module}.Z")
-            found[module, "B", "A"] = rebuild(basis, back, rank=current.spec.rank)
+            # the paper balances B and A themselves, without their scale
+            term = rebuild(basis, back / current.spec.scale, rank=current.spec.rank)
+            found[module, "B", "A"] = LowRank(current.spec.scale * term.up, term.down)
         rest = {key: value.astype(np.float32) for key, value in sums.items()}
         new = factors(current.spec, found, current=current)
         return Outcome(state=current.with_tensors({**current.tensors, **new, **rest}))

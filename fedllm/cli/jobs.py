@@ -146,7 +146,7 @@ def plan(comparison: Comparison, file: Path, folder: Path) -> list[Job]:
     ConfigError
         If settings are unknown or contradict each other, naming cell and group.
     """
-    from fedllm.federation.plan import check_recipe
+    from fedllm.federation.plan import as_run, check_recipe
 
     jobs = []
     recipe = read_toml(comparison.recipe)
@@ -171,7 +171,8 @@ def plan(comparison: Comparison, file: Path, folder: Path) -> list[Job]:
                         recipe=comparison.recipe,
                         folder=path,
                         changes=own | found,
-                        config=config,
+                        # as the run's folder will hold them
+                        config=as_run(config),
                     )
                 )
     return jobs

@@ -12,7 +12,7 @@ from fedllm.aggregation import Rule, make_rule
 from fedllm.config import Config, site_ranks
 from fedllm.data.sites import SiteData, simulated_sites
 from fedllm.federation.local import shared_names, sketch_layout
-from fedllm.federation.plan import check_recipe
+from fedllm.federation.plan import as_run, check_recipe
 from fedllm.federation.records import ADAPTER, Note, pack, wire_size
 from fedllm.models.dtype import base_dtype
 from fedllm.models.load import load_config
@@ -99,6 +99,7 @@ def estimate_bytes(config: Config) -> BytesEstimate:
         If the recipe's model or adapter settings cannot be used.
     """
     check_recipe(config)
+    config = as_run(config)
     spec = adapter_spec(config)
     rule = make_rule(config)
     shapes = METHODS[spec.method].trained_shapes(spec)

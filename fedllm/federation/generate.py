@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedllm.adapters.export import WEIGHTS_FILE, load_state, save_with_base
+from fedllm.adapters.layers import drop_empty_biases
 from fedllm.aggregation import make_rule
 from fedllm.data.encode import PromptEncoder
 from fedllm.data.sources import default_instruction, public_labels
@@ -150,7 +151,9 @@ def merged_model(folder: Path, *, site: str = "") -> PreTrainedModel:
         raise ConfigError(
             "a quantised base, or an adapter of virtual tokens, cannot be merged; export the adapter alone."
         )
-    merged: PreTrainedModel = tuned_model(folder, site=site).merge_and_unload()
+    tuned = tuned_model(folder, site=site)
+    drop_empty_biases(tuned)
+    merged: PreTrainedModel = tuned.merge_and_unload()
     if config.model.kind == "encoder":
         names = dict(enumerate(public_labels(config.data)))
         merged.config.id2label, merged.config.label2id = names, {name: row for row, name in names.items()}

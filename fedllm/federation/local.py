@@ -61,6 +61,11 @@ def layout_of(spec: AdapterSpec, names: tuple[str, ...]) -> dict[str, tuple[int,
     return {key: shape for key, shape in shapes.items() if matrix_name(key) in names}
 
 
+def codec_down(config: Config, round: int) -> str:
+    """Return how the adapter of a round travels down; at the end it is scored as it is exported, exactly."""
+    return config.wire.codec_down if round <= config.federation.rounds else "float32"
+
+
 def sketch_width(config: Config, spec: AdapterSpec) -> int:
     """Return the columns of FedASK's sketch."""
     return spec.rank + config.strategy.oversampling
@@ -81,7 +86,7 @@ def receive(
 
     Raises
     ------
-    MismatchError, WireError
+    MismatchError, RunError, WireError
         If something is missing or damaged.
     """
     groups = _groups(notes)
@@ -92,7 +97,7 @@ def receive(
         start = restart_state(config, spec, round)
     else:
         start = METHODS[spec.method].initial_state(spec, seed=basis_seed(config))
-    codec = config.wire.codec_down
+    codec = codec_down(config, round)
     for name, digest in groups.items():
         if name not in names:
             raise WireError(f"the server sent a matrix '{name[:20]}' that is not shared.")
@@ -104,7 +109,7 @@ def receive(
         start = start.updated(decode(parts[ADAPTER], spec=spec, layout=layout, codec=codec))
     state = start
     if plan.personal:
-        kept = memory.load("personal", spec, round=0, before=round)
+        kept = memory.require("personal", spec, before=round)
         state = start if kept is None else start.updated(kept)
     return Start(
         shared=start, state=state, folded=join_factors([read_factors(blobs[d], spec) for d in folded])

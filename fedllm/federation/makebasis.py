@@ -52,7 +52,7 @@ def make_basis(site: Site, spec: AdapterSpec, notes: Notes) -> tuple[Basis, Note
     gradients = weight_gradients(config, spec, units, plan=plan)
     total = config.train.local_steps * config.federation.rounds
     step = learning_rate(config.train, step=0, total=total) if kind in WITH_CORE else None
-    return gradient_basis(gradients, rank=spec.rank, step=step), booked
+    return gradient_basis(gradients, rank=spec.rank, step=step, scale=spec.scale), booked
 
 
 def _units(site: Site, config: Config, notes: Notes) -> tuple[list[list[Encoded]], PrivacyPlan | None, Notes]:

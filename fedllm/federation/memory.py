@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedllm.adapters.state import AdapterSpec, AdapterState
-from fedllm.errors import WireError
+from fedllm.errors import RunError, WireError
+from fedllm.runs.checkpoints import KEEP_EVERY
 
 _KEEP = 4
 
@@ -58,13 +59,20 @@ class SiteMemory:
         self._folder = run_folder(folder, run)
 
     def save(self, name: str, round: int, state: AdapterState) -> None:
-        """Keep a state as it is after a round; the oldest ones go."""
+        """Keep a state as it is after a round.
+
+        Those of later rounds go: they belong to rounds that a resume has given up. Of the earlier ones
+        stay all that the server may go on from: it keeps its newest checkpoints and every tenth.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f".{name}.tmp"
         save_file({key: np.array(value) for key, value in state.tensors.items()}, temporary)
         temporary.replace(self._path(name, round))
-        for old in self._rounds(name)[:-_KEEP]:
-            self._path(name, old).unlink(missing_ok=True)
+        found = self._rounds(name)
+        held = [kept for kept in found if kept <= round]
+        last_of_ten = {(kept - 1) // KEEP_EVERY: kept for kept in held}.values()
+        for other in {*found} - {*held[-_KEEP:], *last_of_ten}:
+            self._path(name, other).unlink(missing_ok=True)
 
     def load(self, name: str, spec: AdapterSpec, *, round: int, before: int = 10**9) -> AdapterState | None:
         """Return what was kept of a round or, with round 0, of the newest one before another.
@@ -78,6 +86,26 @@ class SiteMemory:
             return AdapterState(spec, load_file(self._path(name, held[-1])))
         except SafetensorError:
             return None
+
+    def require(self, name: str, spec: AdapterSpec, *, before: int) -> AdapterState | None:
+        """Return what was kept of the newest round before another; None if the site has kept nothing yet.
+
+        Raises
+        ------
+        RunError
+            If that file is damaged or gone: the site would go on from nothing, and nobody would know.
+        """
+        kept = self.load(name, spec, round=0, before=before)
+        others = [round for round in self._rounds(name) if round != before]
+        if kept is not None or before == 1 or not others:
+            return kept
+        earlier = [round for round in others if round < before]
+        path = self._path(name, (earlier or others)[-1])
+        what = "is damaged" if earlier else f"is of a later round, and those before round {before} are gone"
+        raise RunError(
+            f"{path} {what}: this site's own matrices ({name}) cannot be gone on from. Restore them from a "
+            f"backup, or delete {name}-*.safetensors there to let the site start from new ones."
+        )
 
     def _path(self, name: str, round: int) -> Path:
         return self._folder / f"{name}-{round:06d}.safetensors"

@@ -113,6 +113,8 @@ class Sender:
         The federation's adapter.
     held : Mapping[str, set[str]]
         Site -> digests of payloads it has.
+    codec : str
+        How its matrices travel.
     """
 
     def __init__(
@@ -121,11 +123,14 @@ class Sender:
         state: AdapterState,
         folded: Folded,
         held: Mapping[str, set[str]],
+        *,
+        codec: str,
     ) -> None:
         self._config = config
         self._state = state
         self._folded = folded
         self._held = held
+        self._codec = codec
         self._encoded: dict[tuple[int, tuple[str, ...]], bytes] = {}
 
     def message(self, site: str, rank: int, plan: RoundPlan) -> tuple[dict[str, Note], Parts]:
@@ -153,7 +158,7 @@ class Sender:
         key = (spec.rank, names)
         if key not in self._encoded:
             start = start_for(self._state, spec).only(names)
-            self._encoded[key] = encode(start, codec=self._config.wire.codec_down)
+            self._encoded[key] = encode(start, codec=self._codec)
         return self._encoded[key]
 
 

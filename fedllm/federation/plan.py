@@ -35,6 +35,24 @@ def check_recipe(config: Config) -> None:
         _require_window(config)
 
 
+def as_run(config: Config) -> Config:
+    """Return the settings that a recipe runs with in its mode: a baseline lacks what serves a federation.
+
+    Without a federation no server optimiser steps, nothing is compressed, and pooled records train one
+    adapter of ``adapter.rank``. A run folder holds these settings, so that its report names what was used.
+    """
+    if config.federation.mode == "federated":
+        return config
+    ranks = "" if config.federation.mode == "central" else config.adapter.site_ranks
+    return config.replace(
+        adapter__site_ranks=ranks,
+        strategy__server_optimizer="none",
+        strategy__server_lr=0.0,
+        wire__codec="float32",
+        wire__codec_down="float32",
+    )
+
+
 def _require_window(config: Config) -> None:
     """Refuse prompts longer than a model's window: labels are scored with all of the prompt in sight."""
     window = load_config(config.model).get_text_config().to_dict().get("sliding_window")

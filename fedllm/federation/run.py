@@ -20,12 +20,13 @@ from fedllm.adapters import METHODS
 from fedllm.adapters.basis import Basis, projections, require_same_basis
 from fedllm.adapters.export import load_state
 from fedllm.adapters.state import AdapterSpec, AdapterState, require_same_layout
-from fedllm.aggregation import RoundPlan, Rule, ServerOptimizer, make_optimizer, make_rule
+from fedllm.aggregation import RULES, RoundPlan, Rule, ServerOptimizer, make_optimizer, make_rule
 from fedllm.aggregation.lowrank import Matrix64
 from fedllm.config import Config
 from fedllm.errors import FedllmError, MismatchError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply, exchange
 from fedllm.federation.heads import LedgerHeads
+from fedllm.federation.local import codec_down
 from fedllm.federation.makebasis import WITH_CORE, read_basis
 from fedllm.federation.outgoing import Folded, Piece, Sender, load_folded
 from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, text, whole
@@ -135,7 +136,8 @@ class ServerRun:
         self, peers: list[Peer], round: int, **more: Note
     ) -> list[tuple[Peer, dict[str, Note], Parts]]:
         """Return each peer's message for a round: notes and payloads."""
-        sender, plan = Sender(self.config, self.state, self.folded, self.kept), self.plan(round)
+        codec, plan = codec_down(self.config, round), self.plan(round)
+        sender = Sender(self.config, self.state, self.folded, self.kept, codec=codec)
         found = []
         for peer in peers:
             notes, parts = sender.message(peer.name, peer.rank, plan)
@@ -469,10 +471,10 @@ def _require_fitting(run: ServerRun, hello: _Hello, *, simulated: bool) -> None:
         raise MismatchError(f"site {name}: another node joined under this name")
     if run.peers and simulated is not run.simulated:
         raise MismatchError(f"site {name}: simulated and real sites do not train together")
-    if rank < 1 or (rank < run.spec.rank and not run.rule.about.unequal_ranks):
-        raise MismatchError(
-            f"site {name}: trains rank {rank}, and {run.rule.about.title} needs {run.spec.rank}"
-        )
+    # a baseline takes the sites that its recipe's own rule takes
+    about = RULES[run.config.strategy.name].about
+    if rank < 1 or (rank < run.spec.rank and not about.unequal_ranks):
+        raise MismatchError(f"site {name}: trains rank {rank}, and {about.title} needs {run.spec.rank}")
     if basis_from_seed(run.spec) is not None and run.basis is not None:
         require_same_basis(projections(run.basis, seed=run.spec.basis), hello.projections, site=name)
 

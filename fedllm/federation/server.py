@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from fedllm.config import Config
 from fedllm.errors import FedllmError, RunError
 from fedllm.federation.cards import run_card
-from fedllm.federation.plan import check_recipe
+from fedllm.federation.plan import as_run, check_recipe
 from fedllm.federation.run import ServerRun, announce, require_unfinished, resume_run, start_run
 from fedllm.runs.events import append_event
 from fedllm.runs.folder import RunFolder, create_run, load_config, locked, open_run
@@ -52,9 +52,10 @@ def _serve(asked: Config, grid: Grid) -> RunFolder:
         with locked(folder):
             require_unfinished(folder)
             return _work(_placed(load_config(folder), folder), folder, grid, resume=True)
-    folder = create_run(asked)
+    config = as_run(asked)
+    folder = create_run(config)
     with locked(folder):
-        return _work(_placed(asked, folder), folder, grid, resume=False)
+        return _work(_placed(config, folder), folder, grid, resume=False)
 
 
 def _placed(config: Config, folder: RunFolder) -> Config:

@@ -210,10 +210,10 @@ def _own_columns(policy: SitePolicy, data: DataSettings) -> DataSettings:
 
 
 def training_config(config: Config) -> Config:
-    """Return the settings a simulated site trains with: pooled records get the steps of all sites."""
+    """Return the settings a simulated site trains with: pooled records get the steps of a round's sites."""
     if config.federation.mode != "central":
         return config
-    steps = config.train.local_steps * config.federation.sites
+    steps = config.train.local_steps * config.federation.drawn
     return replace(config, train=replace(config.train, local_steps=steps))
 
 

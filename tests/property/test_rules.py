@@ -207,6 +207,17 @@ def test_a_gauge_at_each_site_changes_nothing(name: str, seed: int, sites: int) 
 
 
 @settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**32), st.floats(0.1, 8))
+def test_fedask_balances_its_factors_whatever_the_scale(seed: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    current = start("fedask", rng, scale=scale)
+    found = combine("fedask", current, [noise(current, rng) for _ in range(2)], [1.0, 2.0]).state.tensors
+    for module in SHAPES:
+        up, down = (np.linalg.svd(found[f"{module}.{name}"], compute_uv=False) for name in "BA")
+        assert np.allclose(up, down, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**32))
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.about.unequal_ranks])
 def test_unequal_ranks_and_scales_meet_in_the_product(name: str, seed: int) -> None:

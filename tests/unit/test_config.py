@@ -63,6 +63,7 @@ def test_round_trips(tmp_path: Path) -> None:
         ({"data.partition": "column"}, "data.site: partition=column"),
         ({"data.prompt": "x"}, "must contain {text}"),
         ({"federation.quorum": 9}, "9 replies cannot come from 4 sites"),
+        ({"adapter.rslora": True}, "adapter.rslora: scales by adapter.alpha, and 0 leaves the scale at 1"),
         ({"adapter.rank": 8, "adapter.site_ranks": "8,16"}, "adapter.site_ranks: '8,16' must be numbers"),
         ({"adapter.basis": "gradient"}, "adapter.allow_private_basis=true if that is meant"),
         ({"adapter.basis": "dp-gradient"}, "needs privacy.enabled=true"),

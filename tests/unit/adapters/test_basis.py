@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedllm.adapters.basis import (
     Basis,
+    gradient_basis,
     kaiming_basis,
     projections,
     require_same_basis,
@@ -45,6 +46,16 @@ def test_svd_basis_has_the_top_directions_with_fixed_signs() -> None:
     assert np.allclose(kept, np.diag(np.linalg.svd(weight, compute_uv=False)[:3]), atol=1e-4)
     columns = basis.up["m"]
     assert (columns[np.abs(columns).argmax(axis=0), np.arange(3)] > 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
+def test_a_gradient_start_is_the_best_approximation_of_one_sign_step(scale: float) -> None:
+    gradient = np.random.default_rng(0).standard_normal((12, 9)).astype(np.float32)
+    basis = gradient_basis({"m": gradient}, rank=3, step=0.1, scale=scale)
+    left, values, right = np.linalg.svd(-0.1 * np.sign(gradient))
+    best = (left[:, :3] * values[:3]) @ right[:3]
+    assert np.allclose(scale * basis.up["m"] @ basis.core["m"] @ basis.down["m"], best, atol=1e-6)
+    assert not gradient_basis({"m": gradient}, rank=3, step=None, scale=scale).core
 
 
 @settings(deadline=None, max_examples=20)

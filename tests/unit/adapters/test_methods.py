@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import PeftModel
+from safetensors.numpy import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import load_state, save_peft_adapter, save_state, save_with_base
-from fedllm.adapters.layers import fold
+from fedllm.adapters.layers import drop_empty_biases, fold
 from fedllm.adapters.method import read_state, trained_parameters, write_state
 from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.adapters.vectors import prefix_of
@@ -127,6 +128,15 @@ def test_start_is_the_base_and_round_trip_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_methods_say_whether_zeros_are_the_base(name: str) -> None:
+    method, spec = METHODS[name], make_spec(name)
+    model, ids = inject(name, spec), torch.randint(0, 300, (2, 9))
+    write_state(method, model, method.initial_state(spec, seed=SEED).zeros())
+    ours, base = logits(model, ids)[:, -9:], tiny()(ids).logits
+    assert torch.allclose(ours, base, atol=2e-6) == method.zero_is_base
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_only_the_named_matrices_train(name: str) -> None:
     method, spec = METHODS[name], make_spec(name)
     model = inject(name, spec)
@@ -157,7 +167,9 @@ def test_export_loads_in_plain_peft_with_equal_logits(name: str, tmp_path: Path)
         untuned = base(ids).logits
     assert torch.allclose(ours[:, -8:], theirs[:, -8:], atol=1e-5)
     assert (ours[:, -8:] - untuned).abs().max() > 0.005
-    if method.export == "lora":
+    if method.export in ("lora", "base"):
+        # the attention of this model has biases, and its feed-forward maps have none
+        drop_empty_biases(loaded)
         with torch.no_grad():
             merged = loaded.merge_and_unload()(ids).logits
         assert torch.allclose(ours, merged, atol=2e-5)
@@ -166,6 +178,24 @@ def test_export_loads_in_plain_peft_with_equal_logits(name: str, tmp_path: Path)
     assert again.spec == spec
     assert seed == SEED
     assert all(np.array_equal(again.tensors[key], state.tensors[key]) for key in state.tensors)
+
+
+def test_doras_magnitudes_start_from_the_exact_norms_of_a_bfloat16_base(tmp_path: Path) -> None:
+    method, spec = METHODS["dora"], make_spec("dora")
+    model = inject("dora", spec, tiny().bfloat16())
+    start = method.initial_state(spec, seed=SEED)
+    write_state(method, model, start)
+    save_with_base(start, tiny().bfloat16(), tmp_path, base_model="tiny")
+    exported = load_file(tmp_path / "adapter_model.safetensors")
+    norms = {key: value for key, value in exported.items() if key.endswith("lora_magnitude_vector")}
+    assert len(norms) == len(spec.shapes)
+    for key, norm in norms.items():
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_magnitude_vector")
+        trained = method.parameters(model)[f"{module}.M"]
+        assert trained.dtype == torch.float32
+        assert np.array_equal(trained.detach().numpy(), norm)
+        frozen = tiny().bfloat16().get_submodule(module).get_parameter("weight").detach()
+        assert np.allclose(norm, frozen.float().norm(dim=1).numpy())
 
 
 def test_hydra_merges_into_weight_and_bias_as_its_paper_says() -> None:
