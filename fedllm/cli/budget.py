@@ -124,7 +124,9 @@ def plan(
 def _planned_records(config: Config, policy: Path | None) -> Table:
     from fedllm.federation.budget import counts_epsilon, planned_shared, planned_sites, rounds_left
 
-    table = Table("site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds that fit")
+    table = Table(
+        "site", "noise multiplier", "steps", "epsilon", "PRV", "RDP", "spent before", "rounds that fit"
+    )
     table.box = None
     sites = planned_sites(config, policy)
     for found in sites:
