@@ -69,7 +69,7 @@ def _rules() -> list[Section]:
         ),
         (
             "Aggregation rules: what else holds",
-            ("name", "noise linear", "secure aggregation", "gauge-free", "unequal ranks", "paper"),
+            ("name", "noise linear", "sums suffice", "gauge-free", "unequal ranks", "paper"),
             promised,
         ),
     ]
