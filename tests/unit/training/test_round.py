@@ -304,7 +304,7 @@ def test_the_guesser_of_the_one_run_audit_knows_all_but_the_canaries() -> None:
     found = steps.private_release(
         shapes,
         units,
-        gradients_of=canaries.among(gradients),
+        gradients_of=canaries.among(gradients, shapes),
         plan=all_of(len(units), noise_multiplier=0.0, expected_batch=1.0, clipping_norm=0.1),
         generator=SecureGenerator(),
         micro_batch=16,
