@@ -295,6 +295,90 @@ def test_a_damaged_basis_is_set_aside_and_the_next_site_makes_one(
     assert [event["accepted"] for event in events(folder, "round_finished")] == [3]
 
 
+class MovingGrid(InProcessGrid):
+    """The third node goes after the first round; a fourth one comes at once, or a round earlier."""
+
+    early = False
+
+    def __init__(self, app: Any, nodes: int) -> None:
+        super().__init__(app, nodes=nodes + 1)
+        self.round = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        if self.round >= 1:
+            return [1, 2, 4]
+        return [1, 2, 3, 4] if self.early else [1, 2, 3]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        here = set(self.get_node_ids())
+        taken = iter(super().push_messages([m for m in asked if m.metadata.dst_node_id in here]))
+        # as Flower's names a message that it does not store
+        names = [next(taken) if m.metadata.dst_node_id in here else "" for m in asked]
+        self.round = max([self.round, *(int(m.metadata.group_id) for m in asked if kind(m) == "train")])
+        return names
+
+
+class EarlyGrid(MovingGrid):
+    early = True
+
+
+@pytest.mark.parametrize("grid", [MovingGrid, EarlyGrid])
+def test_a_site_comes_back_from_another_node(federate: Any, events: Any, grid: type[InProcessGrid]) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if grid is EarlyGrid and kind(message) == "query.hello" and message.metadata.dst_node_id == 4:
+            return changed(message, reply, site="site-2")
+        return reply
+
+    # a matrix that rests is kept at the sites, and was sent to the node that has gone
+    kept = {"adapter__method": "lora", "strategy__name": "rolora"}
+    sites = 4 if grid is EarlyGrid else 3
+    folder = federate(tamper, carrier=grid, federation__rounds=3, federation__sites=sites, **PRIVATE, **kept)
+    assert [e["node"] for e in events(folder, "site_joined") if e["site"] == "site-2"] == [3, 4]
+    replies = [e for e in events(folder, "site_reply") if e["site"] == "site-2"]
+    assert [event["accepted"] for event in replies] == [True, True, True]
+
+
+def test_another_ledger_does_not_come_back_under_a_sites_name(federate: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello" and message.metadata.dst_node_id == 4:
+            return changed(message, reply, ledger_tag="another")
+        return reply
+
+    folder = federate(tamper, carrier=MovingGrid, **PRIVATE)
+    first, *_ = events(folder, "warning")
+    assert "site-2: it came back with another privacy ledger" in first["text"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 2]
+
+
+class LosingGrid(InProcessGrid):
+    """From the second round on two messages, or all, are not taken."""
+
+    lost = (1, 2)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = list(super().push_messages(messages))
+        second = [message.metadata.group_id == "2" for message in messages]
+        return ["" if place in self.lost and second[place] else name for place, name in enumerate(names)]
+
+
+class RefusingGrid(LosingGrid):
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = list(super().push_messages(messages))
+        return [] if "" in names else names
+
+
+@pytest.mark.parametrize(("grid", "lost"), [(LosingGrid, 2), (RefusingGrid, 3)])
+def test_what_is_not_delivered_is_not_waited_for(
+    federate: Any, events: Any, tmp_path: Path, grid: type[InProcessGrid], lost: int
+) -> None:
+    with pytest.raises(RunError, match=f"round 2: {3 - lost} of 3 .*could not be delivered"):
+        federate(carrier=grid, federation__deadline=600.0)
+    folder = open_run(tmp_path / "run")
+    (failed,) = [e for e in events(folder, "site_reply") if e["round"] == 2 and e["site"] == "site-2"]
+    assert (failed["bytes_down"], failed["seconds"]) == (0, 0.0)
+
+
 class PickyGrid(InProcessGrid):
     """Pulling raises on one certain reply, as Flower's does on a bad one; all asked for are gone."""
 
