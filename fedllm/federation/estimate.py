@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedllm.adapters import METHODS
-from fedllm.adapters.state import AdapterState
+from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.aggregation import Rule, make_rule
 from fedllm.config import Config, site_ranks
 from fedllm.data.sites import SiteData, simulated_sites
@@ -44,7 +44,7 @@ class BytesEstimate:
     modules, trained : int
         Adapted matrices; trained numbers, an encoder's head included.
     bytes_up, bytes_down : int
-        Serialised bytes in one round after the first, in the mean of two.
+        Serialised bytes in one round after the first, in the mean.
     one_off : int
         Bytes it gets once (names and shapes, a shipped basis).
     """
@@ -112,7 +112,7 @@ def estimate_bytes(config: Config) -> BytesEstimate:
         modules=len(spec.shapes),
         trained=state.size,
         bytes_up=sum(up for up, _ in rounds) // len(rounds),
-        bytes_down=sum(down for _, down in rounds) // len(rounds),
+        bytes_down=sum(down for _, down in rounds) // len(rounds) + _folded(config, rule, spec),
         one_off=one_off,
     )
 
@@ -132,7 +132,7 @@ def break_even(ours: BytesEstimate, other: BytesEstimate) -> str:
 
 
 def _round(config: Config, rule: Rule, state: AdapterState, round: int) -> tuple[int, int]:
-    """Return the serialised bytes a site of full rank sends and gets in one round."""
+    """Return the serialised bytes a site of full rank sends and gets in one round, but for what is folded."""
     spec, plan = state.spec, rule.plan(state.spec, round)
     notes: dict[str, Note] = {"site": "site-0", "weights": "0" * 16, "loss": 0.0, "accuracy": 0.0}
     sent = state.only(plan.send)
@@ -152,13 +152,24 @@ def _round(config: Config, rule: Rule, state: AdapterState, round: int) -> tuple
         "round": round,
     }
     down = wire_size(pack(described, {ADAPTER: payload}))
-    ranks = site_ranks(config)
-    folded = rule.folded_rank([ranks[index % len(ranks)] for index in range(config.federation.asked)])
-    down += 4 * folded * sum(out + into for out, into in spec.shapes.values())
     if plan.sketch:
         basis = {k: np.zeros(v, np.float32) for k, v in sketch_layout(config, spec, "Q").items()}
         down += wire_size(pack({}, {ADAPTER: encode(AdapterState(spec, basis), codec="float32")}))
     return up, down
+
+
+def _folded(config: Config, rule: Rule, spec: AdapterSpec) -> int:
+    """Return the bytes of what is folded into the base that a site gets in one round, in the mean.
+
+    Each round's update is sent alone until all of them pass the cap; then their sum, new every round, is.
+    """
+    ranks, cap = site_ranks(config), config.strategy.residual_cap
+    each = rule.folded_rank([ranks[index % len(ranks)] for index in range(config.federation.asked)])
+    alone = each * sum(out + into for out, into in spec.shapes.values())
+    whole = sum(min(cap, out, into) * (out + into) for out, into in spec.shapes.values())
+    # the first round gets nothing
+    rounds = range(1, max(2, config.federation.rounds))
+    return 4 * sum(alone if each * past <= cap else whole for past in rounds) // len(rounds)
 
 
 def _site(config: Config, data: SiteData, *, makes_basis: bool) -> SiteEstimate:

@@ -30,9 +30,9 @@ from fedllm.federation.heads import LedgerHeads
 from fedllm.federation.makebasis import WITH_CORE, read_basis
 from fedllm.federation.outgoing import Folded, Piece, Sender, load_folded
 from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, text, whole
-from fedllm.runs.checkpoints import latest_checkpoint
+from fedllm.runs.checkpoints import kept_extras, latest_checkpoint
 from fedllm.runs.events import append_event, read_events
-from fedllm.runs.folder import RunFolder, atomic_write
+from fedllm.runs.folder import RunFolder, atomic_write, write_error
 from fedllm.runs.tracking import Tracking
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed
 
@@ -301,6 +301,23 @@ def save_pieces(run: ServerRun) -> str:
         if not path.is_file():
             atomic_write(path, piece.payload)
     return json.dumps([[piece.digest, piece.rank] for piece in run.folded.pieces])
+
+
+def drop_pieces(folder: RunFolder) -> None:
+    """Remove what was folded into the base in rounds whose checkpoints are gone.
+
+    Raises
+    ------
+    RunError
+        If a file cannot be removed.
+    """
+    kept = {name for extra in kept_extras(folder) for name, _ in json.loads(extra.get("folded", "[]"))}
+    for path in folder.checkpoints_dir.glob("folded-*.safetensors"):
+        if path.stem.removeprefix("folded-") not in kept:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(path, error) from None
 
 
 def _load_pieces(folder: RunFolder, listed: str) -> list[Piece]:
