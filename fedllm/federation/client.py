@@ -176,13 +176,16 @@ def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
     private: PrivacyPlan | None = None
     if config.privacy.enabled:
         held = site.ledger().entries(dataset=site.policy.dataset, data=site.data().fingerprint)
+        own = [entry for entry in held if entry.run == text(notes, "run")]
         private = make_plan(
             config,
             units=len(tokens.units),
             site=site.name,
             public_units=site.policy.public_units,
             round=round,
-            spent=tuple(entry.spend for entry in held if entry.run == text(notes, "run")),
+            spent=tuple(entry.spend for entry in own if entry.round),
+            # round 0 made a basis
+            before=tuple(entry.spend for entry in own if not entry.round),
         )
         result |= book(site, notes, private, round=round)
     try:

@@ -27,8 +27,9 @@ def versions() -> dict[str, str]:
 
 
 def config_digest(config: Config) -> str:
-    """Return the sha256 of all settings as canonical JSON, as hex."""
-    text = json.dumps(config.to_flat(), sort_keys=True, separators=(",", ":"))
+    """Return the sha256 of all settings as canonical JSON, as hex; where the run lies does not count."""
+    settings = config.replace(run__dir="", run__resume="").to_flat()
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

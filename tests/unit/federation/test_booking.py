@@ -100,6 +100,18 @@ def test_a_public_number_is_a_count_and_goes_with_no_cap(policy: Path) -> None:
         real_site(policy, private(privacy__batch_cap=True, privacy__relation="zero-out-one"))
 
 
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_a_basis_is_paid_for_in_every_round_also_after_one_that_was_missed(finished: int) -> None:
+    config = private(
+        privacy__noise_multiplier=0.0, privacy__epsilon=3.0, **{k.replace(".", "__"): v for k, v in BASIS.items()}
+    )
+    first, (basis, _) = whole_run(config, units=400, site="x", makes_basis=True)
+    done = (first.spend(),) * finished
+    third = make_plan(config, units=400, site="x", round=3, spent=done, before=(basis,))
+    assert third == first
+    assert epsilon([basis, *done, third.spend()], delta=1e-4) <= 3.0
+
+
 def test_no_basis_is_made_on_a_ledger_that_was_rolled_back(policy: Path) -> None:
     site = asked(policy)
     with pytest.raises(PrivacyError, match="lost, rolled back or replaced"):

@@ -295,27 +295,40 @@ def test_a_damaged_basis_is_set_aside_and_the_next_site_makes_one(
     assert [event["accepted"] for event in events(folder, "round_finished")] == [3]
 
 
-class MovingGrid(InProcessGrid):
+class LosingGrid(InProcessGrid):
+    """In the second round two messages are not stored, and have an empty name, as Flower's then have."""
+
+    def lost(self, place: int, message: Message) -> bool:
+        return message.metadata.group_id == "2" and place > 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        lost = [self.lost(place, message) for place, message in enumerate(asked)]
+        taken = iter(super().push_messages([m for m, gone in zip(asked, lost, strict=True) if not gone]))
+        return ["" if gone else next(taken) for gone in lost]
+
+
+class MovingGrid(LosingGrid):
     """The third node goes after the first round; a fourth one comes at once, or a round earlier."""
 
     early = False
 
     def __init__(self, app: Any, nodes: int) -> None:
         super().__init__(app, nodes=nodes + 1)
-        self.round = 0
+        self.trained = False
 
     def get_node_ids(self) -> Iterable[int]:
-        if self.round >= 1:
+        if self.trained:
             return [1, 2, 4]
         return [1, 2, 3, 4] if self.early else [1, 2, 3]
 
+    def lost(self, place: int, message: Message) -> bool:
+        return message.metadata.dst_node_id not in self.get_node_ids()
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         asked = list(messages)
-        here = set(self.get_node_ids())
-        taken = iter(super().push_messages([m for m in asked if m.metadata.dst_node_id in here]))
-        # as Flower's names a message that it does not store
-        names = [next(taken) if m.metadata.dst_node_id in here else "" for m in asked]
-        self.round = max([self.round, *(int(m.metadata.group_id) for m in asked if kind(m) == "train")])
+        names = super().push_messages(asked)
+        self.trained = self.trained or any(kind(message) == "train" for message in asked)
         return names
 
 
@@ -351,15 +364,17 @@ def test_another_ledger_does_not_come_back_under_a_sites_name(federate: Any, eve
     assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 2]
 
 
-class LosingGrid(InProcessGrid):
-    """From the second round on two messages, or all, are not taken."""
+class FirstLosingGrid(LosingGrid):
+    def lost(self, place: int, message: Message) -> bool:
+        return message.metadata.group_id == "2" and place == 0
 
-    lost = (1, 2)
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        names = list(super().push_messages(messages))
-        second = [message.metadata.group_id == "2" for message in messages]
-        return ["" if place in self.lost and second[place] else name for place, name in enumerate(names)]
+def test_who_made_a_private_basis_and_missed_a_round_pays_for_it(federate: Any) -> None:
+    basis = {"adapter__basis": "dp-gradient", "adapter__basis_noise": 1.0, "adapter__basis_records": 6}
+    folder = federate(carrier=FirstLosingGrid, federation__rounds=3, **PRIVATE, **basis)
+    made, *rounds = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()
+    assert [made.round, *(entry.round for entry in rounds)] == [0, 1, 3]
+    assert rounds[0].noise_multiplier == rounds[1].noise_multiplier
 
 
 class RefusingGrid(LosingGrid):

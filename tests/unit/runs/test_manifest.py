@@ -33,6 +33,13 @@ def test_manifest_names_versions_and_hashes_but_no_host_or_path(make_run) -> Non
 def test_digest_follows_the_settings() -> None:
     assert config_digest(Config()) == config_digest(Config().replace(train__lr=Config().train.lr))
     assert config_digest(Config()) != config_digest(Config().replace(train__lr=0.5))
+    assert config_digest(Config()) != config_digest(Config().replace(data__path="own.csv"))
+
+
+def test_one_recipe_in_two_folders_has_one_digest() -> None:
+    one, other = Config().replace(run__dir="/runs/one"), Config().replace(run__dir="/runs/two")
+    assert config_digest(one) == config_digest(other) == config_digest(Config())
+    assert config_digest(one.replace(run__resume="/runs/one")) == config_digest(one)
 
 
 def test_a_package_that_is_not_there_is_empty(monkeypatch) -> None:
