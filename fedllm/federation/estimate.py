@@ -10,10 +10,12 @@ from fedllm.adapters import METHODS
 from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.aggregation import Rule, make_rule
 from fedllm.config import Config, site_ranks
-from fedllm.data.sites import SiteData, simulated_sites
+from fedllm.data.sites import SiteData
 from fedllm.federation.local import shared_names, sketch_layout
 from fedllm.federation.plan import check_recipe
 from fedllm.federation.records import ADAPTER, Note, pack, wire_size
+from fedllm.federation.shares import training_shares
+from fedllm.federation.site import training_config
 from fedllm.models.dtype import base_dtype
 from fedllm.models.load import load_config
 from fedllm.models.shapes import count_parameters
@@ -65,7 +67,8 @@ class Estimate(BytesEstimate):
     memory_mib : int
         Weights, adapter, optimiser and one micro-batch's activations of one site, roughly.
     sites : tuple[SiteEstimate, ...]
-        Empty where the records are known at real sites alone.
+        Those that train: one where records are pooled, none for the untuned base or where the records are
+        known at real sites alone.
     """
 
     memory_mib: int
@@ -83,10 +86,9 @@ def estimate(config: Config) -> Estimate:
     found = estimate_bytes(config)
     sites: tuple[SiteEstimate, ...] = ()
     if config.data.source != "file" or config.data.path:
-        federation, fold = config.federation, config.evaluation.fold
-        shares = list(simulated_sites(config.data, sites=federation.sites, seed=config.run.seed, fold=fold))
-        first = min(data.name for data in shares)
-        sites = tuple(_site(config, data, makes_basis=data.name == first) for data in shares)
+        shares, settings = training_shares(config), training_config(config)
+        first = min((data.name for data in shares), default="")
+        sites = tuple(_site(settings, data, makes_basis=data.name == first) for data in shares)
     return Estimate(**vars(found), memory_mib=_memory(config, found.trained), sites=sites)
 
 

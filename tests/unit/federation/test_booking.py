@@ -112,6 +112,20 @@ def test_a_basis_is_paid_for_in_every_round_also_after_one_that_was_missed(finis
     assert epsilon([basis, *done, third.spend()], delta=1e-4) <= 3.0
 
 
+def test_pooled_records_are_planned_for_as_they_train(federate: Any) -> None:
+    settings = {"data__source": "mcc", "federation__sites": 3}
+    config = private(**settings, federation__mode="central")
+    (guess,), (planned,) = estimate(config).sites, planned_sites(config, None)
+    recipe = {key.replace(".", "__"): value for key, value in PRIVATE.items()}
+    folder = federate(**recipe, **settings, federation__mode="central")
+    entries = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()
+    spent = epsilon([entry.spend for entry in entries], delta=1e-4)
+    assert (guess.name, planned.policy.site) == ("site-0", "site-0")
+    assert guess.epsilon == planned.epsilon == pytest.approx(spent)
+    base = private(**settings, federation__mode="base")
+    assert (estimate(base).sites, planned_sites(base, None)) == ((), [])
+
+
 def test_no_basis_is_made_on_a_ledger_that_was_rolled_back(policy: Path) -> None:
     site = asked(policy)
     with pytest.raises(PrivacyError, match="lost, rolled back or replaced"):
