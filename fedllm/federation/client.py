@@ -6,13 +6,15 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from safetensors.numpy import load_file, save, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from fedllm.adapters.basis import Basis, projections
 from fedllm.adapters.export import save_peft_adapter, save_state
@@ -47,6 +49,7 @@ from fedllm.federation.site_privacy import hidden_update, round_multiplier
 from fedllm.privacy.plan import PrivacyPlan, make_plan
 from fedllm.privacy.release import require_released
 from fedllm.runs.events import INTERVAL, QUALITY
+from fedllm.runs.folder import atomic_write
 from fedllm.training.round import RoundResult, evaluate, train_round
 from fedllm.training.session import Session, SiteTokens, open_session, tokenise
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed, site_spec
@@ -152,9 +155,7 @@ def _keep_basis(site: Site, notes: Notes, parts: Parts) -> Answer:
     if BASIS not in parts:
         raise WireError("the basis message carries no payload.")
     basis = read_basis(parts[BASIS], spec, with_core=site.config.adapter.basis in WITH_CORE)
-    path = _basis_file(site, spec)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(basis.tensors, path)
+    atomic_write(_basis_file(site, spec), save(basis.tensors))
     return {}, {}
 
 
@@ -346,11 +347,20 @@ def _basis_file(site: Site, spec: AdapterSpec) -> Path:
 
 
 def _basis(site: Site, spec: AdapterSpec) -> Basis | None:
-    """Return the frozen matrices: from the seed, or as kept from the server; None if not here."""
+    """Return the frozen matrices: from the seed, or as kept from the server; None if they are not here.
+
+    A file that is not what its name says goes, so that the server sends it again.
+    """
     seeded = basis_from_seed(spec)
     if seeded is not None or spec.basis == "shipped:":
         return seeded
     path = _basis_file(site, spec)
     if not path.is_file():
         return None
-    return Basis.from_tensors(load_file(path))
+    with suppress(SafetensorError, ValueError, KeyError):
+        basis = Basis.from_tensors(load_file(path))
+        if basis.digest == path.stem:
+            return basis
+    log.warning("%s is damaged; it has to be sent again.", path)
+    path.unlink(missing_ok=True)
+    return None

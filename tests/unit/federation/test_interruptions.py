@@ -295,6 +295,23 @@ def test_a_damaged_basis_is_set_aside_and_the_next_site_makes_one(
     assert [event["accepted"] for event in events(folder, "round_finished")] == [3]
 
 
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+def test_a_kept_basis_that_is_damaged_is_sent_again(
+    federate: Any, events: Any, tmp_path: Path, damage: str
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "train" and message.metadata.group_id == "1" and site_of(reply) == "site-1":
+            (kept,) = (tmp_path / "run" / "sites" / "site-1" / "basis").iterdir()
+            found = kept.read_bytes()
+            kept.write_bytes(found[:-9] if damage == "cut" else found[:-4] + np.float32(7).tobytes())
+        return reply
+
+    folder = federate(tamper, adapter__basis="public-svd", federation__rounds=3)
+    replies = [event for event in events(folder, "site_reply") if event["site"] == "site-1"]
+    assert [event["accepted"] for event in replies] == [True, False, True]
+    assert "shipped basis" in replies[1]["reason"]
+
+
 class LosingGrid(InProcessGrid):
     """In the second round two messages are not stored, and have an empty name, as Flower's then have."""
 
