@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 
 from fedllm.adapters.basis import Basis, projections
 from fedllm.adapters.export import save_peft_adapter, save_state
-from fedllm.adapters.state import AdapterSpec, require_same_spec
+from fedllm.adapters.state import AdapterSpec, matrix_name, require_same_spec
 from fedllm.aggregation import RoundPlan, make_rule
 from fedllm.config import Config
 from fedllm.errors import DivergedError, FedllmError, MismatchError, PrivacyError, WireError
@@ -266,14 +266,25 @@ def _export_personal(site: Site, session: Session, start: Start) -> None:
 
 
 def _last_change(config: Config, start: Start, memory: SiteMemory, round: int) -> dict[str, np.ndarray]:
-    """Return the federation's last change of each matrix, as far as this site has seen it."""
+    """Return the federation's last change of each matrix, as far as this site has seen it.
+
+    Matrices may take turns: each is compared with what the last round that trained it began from.
+    """
     if config.train.fedhyper == "none":
         return {}
     memory.save("received", round, start.shared)
-    before = memory.load("received", start.shared.spec, round=round - 1) if round > 1 else None
-    if before is None:
-        return {}
-    return {key: value - before.tensors[key] for key, value in start.shared.tensors.items()}
+    rule, spec = make_rule(config), start.shared.spec
+    found: dict[str, np.ndarray] = {}
+    # as many rounds as a site keeps
+    for earlier in range(max(1, round - 3), round):
+        before, names = memory.load("received", spec, round=earlier), rule.plan(spec, earlier).train
+        if before is not None:
+            found |= {
+                key: value - before.tensors[key]
+                for key, value in start.shared.tensors.items()
+                if matrix_name(key) in names
+            }
+    return found
 
 
 def _scores(
