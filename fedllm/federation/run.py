@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -33,6 +32,7 @@ from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, 
 from fedllm.runs.checkpoints import kept_extras, latest_checkpoint
 from fedllm.runs.events import append_event, read_events
 from fedllm.runs.folder import RunFolder, atomic_write, write_error
+from fedllm.runs.manifest import versions
 from fedllm.runs.tracking import Tracking
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed
 
@@ -239,7 +239,7 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
         run.next_round = checkpoint.round + 1
     if not started:
         announce(run)
-    append_event(folder, "run_resumed", round=run.next_round)
+    append_event(folder, "run_resumed", round=run.next_round, versions=versions())
     return run
 
 
@@ -252,7 +252,7 @@ def announce(run: ServerRun) -> None:
         sites=run.config.federation.sites,
         rounds=run.config.federation.rounds,
         config=run.config.changed(),
-        versions={name: version(name) for name in ("fedllm", "flwr", "torch", "transformers", "peft")},
+        versions=versions(),
     )
 
 
