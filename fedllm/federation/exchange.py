@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,14 @@ from fedllm.errors import FedllmError, WireError
 from fedllm.federation.records import Notes, Parts, text, unpack, wire_size
 
 log = logging.getLogger(__name__)
+
+
+class TimedGrid(Grid):
+    """A grid that answers messages one after another, and knows how long each took."""
+
+    @abstractmethod
+    def seconds(self, message_id: str) -> float:
+        """Return how long the answer to a message took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,8 @@ class Reply:
     ----------
     reason : str
         Empty for a good reply.
+    seconds : float
+        From sending to its arrival; where sites answer one after another, what its own answer took.
     """
 
     peer: Peer
@@ -96,7 +107,8 @@ def exchange(
         for answered, message in _pulled(grid, waiting):
             index = position.get(answered)
             if index is not None:
-                found[index] = (message, time.monotonic() - start)
+                passed = time.monotonic() - start
+                found[index] = message, grid.seconds(answered) if isinstance(grid, TimedGrid) else passed
         if len(found) == len(position) or time.monotonic() - start > deadline:
             break
         time.sleep(pause)

@@ -103,7 +103,9 @@ def test_a_public_number_is_a_count_and_goes_with_no_cap(policy: Path) -> None:
 @pytest.mark.parametrize("finished", [0, 1, 2])
 def test_a_basis_is_paid_for_in_every_round_also_after_one_that_was_missed(finished: int) -> None:
     config = private(
-        privacy__noise_multiplier=0.0, privacy__epsilon=3.0, **{k.replace(".", "__"): v for k, v in BASIS.items()}
+        privacy__noise_multiplier=0.0,
+        privacy__epsilon=3.0,
+        **{k.replace(".", "__"): v for k, v in BASIS.items()},
     )
     first, (basis, _) = whole_run(config, units=400, site="x", makes_basis=True)
     done = (first.spend(),) * finished

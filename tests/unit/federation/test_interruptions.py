@@ -428,6 +428,13 @@ def test_a_reply_that_flower_cannot_read_is_set_aside(federate: Any, events: Any
     assert events(folder, "run_finished")
 
 
+def test_a_sites_seconds_are_its_own(federate: Any, events: Any) -> None:
+    folder = federate()
+    for finished in events(folder, "round_finished"):
+        replies = [e for e in events(folder, "site_reply") if e["round"] == finished["round"]]
+        assert 0 < sum(event["seconds"] for event in replies) <= finished["seconds"]
+
+
 class BusyGrid(InProcessGrid):
     """The first poll for each reply fails at the server, and the reply stays there."""
 
