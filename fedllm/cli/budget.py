@@ -112,6 +112,8 @@ def plan(
             f"{recipe}: privacy.enabled=false, site_privacy.enabled=false, so it spends nothing and promises "
             "nothing."
         )
+    if config.federation.mode == "base":
+        raise ConfigError(f"{recipe}: federation.mode=base trains nothing, so it spends nothing.")
     from fedllm.federation.plan import check_recipe
 
     check_recipe(config)

@@ -26,7 +26,7 @@ from rich.markup import escape
 from fedllm.config import Config, read_toml
 from fedllm.errors import ConfigError, RunError
 from fedllm.runs.folder import RunFolder, load_config, locked, open_run
-from fedllm.runs.manifest import read_manifest
+from fedllm.runs.manifest import config_digest, read_manifest
 from fedllm.settings import Scalar
 
 console = Console(highlight=False)
@@ -110,7 +110,7 @@ class Job:
         except RunError:
             return "missing"
         try:
-            same = load_config(run).replace(run__dir=self.config.run.dir) == self.config
+            same = config_digest(load_config(run)) == config_digest(self.config)
         except RunError:
             return "unreadable"
         if not (same and _same_records(run, self.config)):

@@ -91,6 +91,9 @@ def check(
     console.print(facts)
     if config.site_privacy.enabled:
         console.print(whole_sites_table(config))
+    if config.federation.mode == "base":
+        console.print("federation.mode=base: nothing trains, and nothing is spent")
+        return
     if not found.sites:
         console.print("records and privacy: known at the sites alone (data.source=file without data.path)")
         return

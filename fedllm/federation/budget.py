@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedllm.config import Config
-from fedllm.data.sites import SiteData, simulated_sites
+from fedllm.data.sites import SiteData
 from fedllm.errors import ConfigError
 from fedllm.federation.counts import COUNTS
-from fedllm.federation.site import real_site, simulated_policy
+from fedllm.federation.shares import training_shares
+from fedllm.federation.site import real_site, simulated_policy, training_config
 from fedllm.privacy.accounting import Spend, cross_check, epsilon, within
 from fedllm.privacy.ledger import Entry, Ledger
 from fedllm.privacy.plan import PrivacyPlan, counts_plan, whole_run
@@ -110,7 +111,7 @@ class Planned:
 
 
 def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
-    """Return what a recipe would spend at a real site, or at each simulated one.
+    """Return what a recipe would spend at a real site, or at each simulated one that trains.
 
     A basis of private records is made by one site. A real site may be the one; of the simulated it is the
     first.
@@ -120,15 +121,17 @@ def planned_sites(config: Config, policy: Path | None) -> list[Planned]:
     BudgetError
         If the policy does not allow the recipe.
     """
+    if config.federation.mode == "base":
+        return []
     if policy is not None:
         site = real_site(policy, config)
         # a plan writes nothing: the ledger belongs to whom the SuperNode runs as
         ledger = site.ledger() if site.has_ledger else None
         return [_planned(site.config, site.policy, site.data(), ledger, makes_basis=True)]
-    shares = list(simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed))
+    shares, settings = training_shares(config), training_config(config)
     first = min(data.name for data in shares)
     return [
-        _planned(config, simulated_policy(data.name, config), data, None, makes_basis=data.name == first)
+        _planned(settings, simulated_policy(data.name, config), data, None, makes_basis=data.name == first)
         for data in shares
     ]
 

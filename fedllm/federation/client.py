@@ -6,17 +6,19 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from safetensors.numpy import load_file, save, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 
 from fedllm.adapters.basis import Basis, projections
 from fedllm.adapters.export import save_peft_adapter, save_state
-from fedllm.adapters.state import AdapterSpec, require_same_spec
+from fedllm.adapters.state import AdapterSpec, matrix_name, require_same_spec
 from fedllm.aggregation import RoundPlan, make_rule
 from fedllm.config import Config
 from fedllm.errors import DivergedError, FedllmError, MismatchError, PrivacyError, WireError
@@ -47,6 +49,7 @@ from fedllm.federation.site_privacy import hidden_update, round_multiplier
 from fedllm.privacy.plan import PrivacyPlan, make_plan
 from fedllm.privacy.release import require_released
 from fedllm.runs.events import INTERVAL, QUALITY
+from fedllm.runs.folder import atomic_write
 from fedllm.training.round import RoundResult, evaluate, train_round
 from fedllm.training.session import Session, SiteTokens, open_session, tokenise
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed, site_spec
@@ -152,9 +155,7 @@ def _keep_basis(site: Site, notes: Notes, parts: Parts) -> Answer:
     if BASIS not in parts:
         raise WireError("the basis message carries no payload.")
     basis = read_basis(parts[BASIS], spec, with_core=site.config.adapter.basis in WITH_CORE)
-    path = _basis_file(site, spec)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(basis.tensors, path)
+    atomic_write(_basis_file(site, spec), save(basis.tensors))
     return {}, {}
 
 
@@ -176,13 +177,16 @@ def _train(site: Site, notes: Notes, parts: Parts) -> Answer:
     private: PrivacyPlan | None = None
     if config.privacy.enabled:
         held = site.ledger().entries(dataset=site.policy.dataset, data=site.data().fingerprint)
+        own = [entry for entry in held if entry.run == text(notes, "run")]
         private = make_plan(
             config,
             units=len(tokens.units),
             site=site.name,
             public_units=site.policy.public_units,
             round=round,
-            spent=tuple(entry.spend for entry in held if entry.run == text(notes, "run")),
+            spent=tuple(entry.spend for entry in own if entry.round),
+            # round 0 made a basis
+            before=tuple(entry.spend for entry in own if not entry.round),
         )
         result |= book(site, notes, private, round=round)
     try:
@@ -262,14 +266,25 @@ def _export_personal(site: Site, session: Session, start: Start) -> None:
 
 
 def _last_change(config: Config, start: Start, memory: SiteMemory, round: int) -> dict[str, np.ndarray]:
-    """Return the federation's last change of each matrix, as far as this site has seen it."""
+    """Return the federation's last change of each matrix, as far as this site has seen it.
+
+    Matrices may take turns: each is compared with what the last round that trained it began from.
+    """
     if config.train.fedhyper == "none":
         return {}
     memory.save("received", round, start.shared)
-    before = memory.load("received", start.shared.spec, round=round - 1) if round > 1 else None
-    if before is None:
-        return {}
-    return {key: value - before.tensors[key] for key, value in start.shared.tensors.items()}
+    rule, spec = make_rule(config), start.shared.spec
+    found: dict[str, np.ndarray] = {}
+    # as many rounds as a site keeps
+    for earlier in range(max(1, round - 3), round):
+        before, names = memory.load("received", spec, round=earlier), rule.plan(spec, earlier).train
+        if before is not None:
+            found |= {
+                key: value - before.tensors[key]
+                for key, value in start.shared.tensors.items()
+                if matrix_name(key) in names
+            }
+    return found
 
 
 def _scores(
@@ -343,11 +358,20 @@ def _basis_file(site: Site, spec: AdapterSpec) -> Path:
 
 
 def _basis(site: Site, spec: AdapterSpec) -> Basis | None:
-    """Return the frozen matrices: from the seed, or as kept from the server; None if not here."""
+    """Return the frozen matrices: from the seed, or as kept from the server; None if they are not here.
+
+    A file that is not what its name says goes, so that the server sends it again.
+    """
     seeded = basis_from_seed(spec)
     if seeded is not None or spec.basis == "shipped:":
         return seeded
     path = _basis_file(site, spec)
     if not path.is_file():
         return None
-    return Basis.from_tensors(load_file(path))
+    with suppress(SafetensorError, ValueError, KeyError):
+        basis = Basis.from_tensors(load_file(path))
+        if basis.digest == path.stem:
+            return basis
+    log.warning("%s is damaged; it has to be sent again.", path)
+    path.unlink(missing_ok=True)
+    return None

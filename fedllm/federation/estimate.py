@@ -7,13 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedllm.adapters import METHODS
-from fedllm.adapters.state import AdapterState
+from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.aggregation import Rule, make_rule
 from fedllm.config import Config, site_ranks
-from fedllm.data.sites import SiteData, simulated_sites
+from fedllm.data.sites import SiteData
 from fedllm.federation.local import shared_names, sketch_layout
 from fedllm.federation.plan import as_run, check_recipe
 from fedllm.federation.records import ADAPTER, Note, pack, wire_size
+from fedllm.federation.shares import training_shares
+from fedllm.federation.site import training_config
 from fedllm.models.dtype import base_dtype
 from fedllm.models.load import load_config
 from fedllm.models.shapes import count_parameters
@@ -44,7 +46,7 @@ class BytesEstimate:
     modules, trained : int
         Adapted matrices; trained numbers, an encoder's head included.
     bytes_up, bytes_down : int
-        Serialised bytes in one round after the first, in the mean of two.
+        Serialised bytes in one round after the first, in the mean.
     one_off : int
         Bytes it gets once (names and shapes, a shipped basis).
     """
@@ -65,7 +67,8 @@ class Estimate(BytesEstimate):
     memory_mib : int
         Weights, adapter, optimiser and one micro-batch's activations of one site, roughly.
     sites : tuple[SiteEstimate, ...]
-        Empty where the records are known at real sites alone.
+        Those that train: one where records are pooled, none for the untuned base or where the records are
+        known at real sites alone.
     """
 
     memory_mib: int
@@ -83,10 +86,9 @@ def estimate(config: Config) -> Estimate:
     found = estimate_bytes(config)
     sites: tuple[SiteEstimate, ...] = ()
     if config.data.source != "file" or config.data.path:
-        federation, fold = config.federation, config.evaluation.fold
-        shares = list(simulated_sites(config.data, sites=federation.sites, seed=config.run.seed, fold=fold))
-        first = min(data.name for data in shares)
-        sites = tuple(_site(config, data, makes_basis=data.name == first) for data in shares)
+        shares, settings = training_shares(config), training_config(config)
+        first = min((data.name for data in shares), default="")
+        sites = tuple(_site(settings, data, makes_basis=data.name == first) for data in shares)
     return Estimate(**vars(found), memory_mib=_memory(config, found.trained), sites=sites)
 
 
@@ -113,7 +115,7 @@ def estimate_bytes(config: Config) -> BytesEstimate:
         modules=len(spec.shapes),
         trained=state.size,
         bytes_up=sum(up for up, _ in rounds) // len(rounds),
-        bytes_down=sum(down for _, down in rounds) // len(rounds),
+        bytes_down=sum(down for _, down in rounds) // len(rounds) + _folded(config, rule, spec),
         one_off=one_off,
     )
 
@@ -133,7 +135,7 @@ def break_even(ours: BytesEstimate, other: BytesEstimate) -> str:
 
 
 def _round(config: Config, rule: Rule, state: AdapterState, round: int) -> tuple[int, int]:
-    """Return the serialised bytes a site of full rank sends and gets in one round."""
+    """Return the serialised bytes a site of full rank sends and gets in one round, but for what is folded."""
     spec, plan = state.spec, rule.plan(state.spec, round)
     notes: dict[str, Note] = {"site": "site-0", "weights": "0" * 16, "loss": 0.0, "accuracy": 0.0}
     sent = state.only(plan.send)
@@ -153,13 +155,24 @@ def _round(config: Config, rule: Rule, state: AdapterState, round: int) -> tuple
         "round": round,
     }
     down = wire_size(pack(described, {ADAPTER: payload}))
-    ranks = site_ranks(config)
-    folded = rule.folded_rank([ranks[index % len(ranks)] for index in range(config.federation.asked)])
-    down += 4 * folded * sum(out + into for out, into in spec.shapes.values())
     if plan.sketch:
         basis = {k: np.zeros(v, np.float32) for k, v in sketch_layout(config, spec, "Q").items()}
         down += wire_size(pack({}, {ADAPTER: encode(AdapterState(spec, basis), codec="float32")}))
     return up, down
+
+
+def _folded(config: Config, rule: Rule, spec: AdapterSpec) -> int:
+    """Return the bytes of what is folded into the base that a site gets in one round, in the mean.
+
+    Each round's update is sent alone until all of them pass the cap; then their sum, new every round, is.
+    """
+    ranks, cap = site_ranks(config), config.strategy.residual_cap
+    each = rule.folded_rank([ranks[index % len(ranks)] for index in range(config.federation.asked)])
+    alone = each * sum(out + into for out, into in spec.shapes.values())
+    whole = sum(min(cap, out, into) * (out + into) for out, into in spec.shapes.values())
+    # the first round gets nothing
+    rounds = range(1, max(2, config.federation.rounds))
+    return 4 * sum(alone if each * past <= cap else whole for past in rounds) // len(rounds)
 
 
 def _site(config: Config, data: SiteData, *, makes_basis: bool) -> SiteEstimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,14 @@ from fedllm.errors import FedllmError, WireError
 from fedllm.federation.records import Notes, Parts, text, unpack, wire_size
 
 log = logging.getLogger(__name__)
+
+
+class TimedGrid(Grid):
+    """A grid that answers messages one after another, and knows how long each took."""
+
+    @abstractmethod
+    def seconds(self, message_id: str) -> float:
+        """Return how long the answer to a message took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,8 @@ class Reply:
     ----------
     reason : str
         Empty for a good reply.
+    seconds : float
+        From sending to its arrival; where sites answer one after another, what its own answer took.
     """
 
     peer: Peer
@@ -66,9 +77,9 @@ def exchange(
 ) -> list[Reply]:
     """Send one message to each peer and return one reply each, in the order given.
 
-    A peer that has not answered ``deadline`` seconds after sending is reported as such; replies
-    are matched by the message they answer, since Flower reports a dead node's error under
-    another node id.
+    A peer that has not answered ``deadline`` seconds after sending is reported as such, and one whose
+    message Flower did not take at once; replies are matched by the message they answer, since Flower
+    reports a dead node's error under another node id.
 
     Parameters
     ----------
@@ -84,21 +95,28 @@ def exchange(
     ]
     sizes = [wire_size(content) for _, content in contents]
     identifiers = list(grid.push_messages(messages))
-    position: Mapping[str, int] = {identifier: index for index, identifier in enumerate(identifiers)}
+    if len(identifiers) != len(contents):
+        # a push that Flower refused as too large names no message
+        identifiers = [""] * len(contents)
+    # a message that it did not store, since its node is gone, has an empty name
+    position: Mapping[str, int] = {name: index for index, name in enumerate(identifiers) if name}
     found: dict[int, tuple[Message | None, float]] = {}
     pause = 0.05
-    while len(found) < len(contents):
+    while len(found) < len(position):
         waiting = [name for name, index in position.items() if index not in found]
         for answered, message in _pulled(grid, waiting):
             index = position.get(answered)
             if index is not None:
-                found[index] = (message, time.monotonic() - start)
-        if len(found) == len(contents) or time.monotonic() - start > deadline:
+                passed = time.monotonic() - start
+                found[index] = message, grid.seconds(answered) if isinstance(grid, TimedGrid) else passed
+        if len(found) == len(position) or time.monotonic() - start > deadline:
             break
         time.sleep(pause)
         pause = min(1.0, pause * 1.5)
     return [
         _reply(peer, found.get(index), bytes_down=sizes[index], deadline=deadline)
+        if identifiers[index]
+        else _undelivered(peer)
         for index, (peer, _) in enumerate(contents)
     ]
 
@@ -120,6 +138,11 @@ def _pulled(grid: Grid, waiting: Sequence[str]) -> list[tuple[str, Message | Non
             log.exception("a reply cannot be read")
             found.append((name, None))
     return found
+
+
+def _undelivered(peer: Peer) -> Reply:
+    reason = "the message could not be delivered: the node is gone, or Flower refused it as too large"
+    return Reply(peer=peer, notes={}, parts={}, reason=reason, bytes_down=0, bytes_up=0, seconds=0.0)
 
 
 def _reply(

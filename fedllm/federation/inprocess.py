@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedllm.config import Config
 from fedllm.federation.client import answering, client_app
+from fedllm.federation.exchange import TimedGrid
 from fedllm.federation.records import Notes, Parts, pack, unpack
 from fedllm.federation.server import serve
 from fedllm.runs.events import read_events
@@ -23,7 +24,7 @@ from fedllm.runs.sites import SiteSummary, site_summaries
 from fedllm.settings import Scalar
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(TimedGrid):
     """Delivers each message to the ClientApp at once, one node a site."""
 
     def __init__(self, app: ClientApp, *, nodes: int) -> None:
@@ -39,6 +40,7 @@ class InProcessGrid(Grid):
             for node in range(1, nodes + 1)
         }
         self._replies: dict[str, Message] = {}
+        self._seconds: dict[str, float] = {}
         self._sent = 0
         # outside a Flower process nobody has set who is speaking
         TaskIdentity.run_id = 1
@@ -75,13 +77,19 @@ class InProcessGrid(Grid):
             self._sent += 1
             identifier = str(self._sent)
             message.metadata.__dict__["_message_id"] = identifier
+            start = time.monotonic()
             self._replies[identifier] = self._app(message, self._contexts[message.metadata.dst_node_id])
+            self._seconds[identifier] = time.monotonic() - start
             identifiers.append(identifier)
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to the given messages."""
         return [self._replies.pop(name) for name in list(message_ids) if name in self._replies]
+
+    def seconds(self, message_id: str) -> float:
+        """Return how long a site took for its answer."""
+        return self._seconds[message_id]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -31,6 +31,7 @@ from fedllm.federation.run import (
     BASIS_FILE,
     ServerRun,
     counted,
+    drop_pieces,
     gather_sites,
     greet,
     greet_again,
@@ -369,6 +370,7 @@ def _checkpoint(run: ServerRun, round: int) -> None:
     }
     checkpoint = Checkpoint(round=round, state=run.state, extra=extra, moments=run.moments)
     path = save_checkpoint(run.folder, checkpoint)
+    drop_pieces(run.folder)
     digest = checkpoint_digest(checkpoint)
     append_event(run.folder, "checkpoint_saved", round=round, file=path.name, sha256=digest)
 

@@ -6,9 +6,9 @@ import json
 import math
 import time
 import uuid
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import RecordDict
@@ -30,9 +30,10 @@ from fedllm.federation.local import codec_down
 from fedllm.federation.makebasis import WITH_CORE, read_basis
 from fedllm.federation.outgoing import Folded, Piece, Sender, load_folded
 from fedllm.federation.records import BASIS, Note, Notes, Parts, numbers, pack, text, whole
-from fedllm.runs.checkpoints import latest_checkpoint
+from fedllm.runs.checkpoints import kept_extras, latest_checkpoint
 from fedllm.runs.events import append_event, read_events
-from fedllm.runs.folder import RunFolder, atomic_write
+from fedllm.runs.folder import RunFolder, atomic_write, write_error
+from fedllm.runs.manifest import versions
 from fedllm.runs.tracking import Tracking
 from fedllm.training.spec import adapter_spec, basis_from_seed, basis_seed
 
@@ -76,8 +77,9 @@ class ServerRun:
         Where finished rounds are shown beside the run's own files.
     refused : dict[tuple[int, int], str]
         (node, index) -> why its site did not join.
-    silent : set[tuple[int, int]]
-        Those of ``refused`` that have not answered at all, and may do so later.
+    pending : dict[tuple[int, int], str]
+        Those of ``refused`` that are asked again: (node, index) -> the site whose name the node gave while
+        another one held it; empty where it has not answered at all, and may do so later.
     """
 
     config: Config
@@ -101,7 +103,7 @@ class ServerRun:
     simulated: bool = True
     peers: dict[str, Peer] = field(default_factory=dict)
     refused: dict[tuple[int, int], str] = field(default_factory=dict)
-    silent: set[tuple[int, int]] = field(default_factory=set)
+    pending: dict[tuple[int, int], str] = field(default_factory=dict)
     holders: set[str] = field(default_factory=set)
 
     @property
@@ -239,7 +241,7 @@ def resume_run(config: Config, folder: RunFolder) -> ServerRun:
         run.next_round = checkpoint.round + 1
     if not started:
         announce(run)
-    append_event(folder, "run_resumed", round=run.next_round)
+    append_event(folder, "run_resumed", round=run.next_round, versions=versions())
     return run
 
 
@@ -252,7 +254,7 @@ def announce(run: ServerRun) -> None:
         sites=run.config.federation.sites,
         rounds=run.config.federation.rounds,
         config=run.config.changed(),
-        versions={name: version(name) for name in ("fedllm", "flwr", "torch", "transformers", "peft")},
+        versions=versions(),
     )
 
 
@@ -303,6 +305,23 @@ def save_pieces(run: ServerRun) -> str:
     return json.dumps([[piece.digest, piece.rank] for piece in run.folded.pieces])
 
 
+def drop_pieces(folder: RunFolder) -> None:
+    """Remove what was folded into the base in rounds whose checkpoints are gone.
+
+    Raises
+    ------
+    RunError
+        If a file cannot be removed.
+    """
+    kept = {name for extra in kept_extras(folder) for name, _ in json.loads(extra.get("folded", "[]"))}
+    for path in folder.checkpoints_dir.glob("folded-*.safetensors"):
+        if path.stem.removeprefix("folded-") not in kept:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise write_error(path, error) from None
+
+
 def _load_pieces(folder: RunFolder, listed: str) -> list[Piece]:
     pieces = []
     for name, rank in json.loads(listed):
@@ -345,43 +364,45 @@ def gather_sites(run: ServerRun, grid: Grid) -> None:
 def greet(run: ServerRun, grid: Grid) -> None:
     """Ask nodes that are new who they are, and take in those whose adapter spec is the run's."""
     known = {peer.node for peer in run.peers.values()} | {node for node, _ in run.refused}
-    nodes = sorted(set(grid.get_node_ids()))
-    new = [node for node in nodes if node not in known]
+    connected = set(grid.get_node_ids())
+    new = [node for node in sorted(connected) if node not in known]
     if not new:
         return
-    free = _free_seats(run)
+    free = _free_seats(run, connected)
     patience = max(run.config.federation.join_wait, HELLO_SECONDS)
     replies = _hello(run, grid, _seated(new, free), patience=patience)
     for reply in replies:
-        _welcome(run, reply)
+        _welcome(run, reply, connected)
     good = [reply for reply in replies if not reply.reason]
     if good and all(reply.notes.get("simulated") is True for reply in good):
         # a simulation may have fewer nodes than sites: nodes are only workers there
         rest = free[len(replies) :]
         more = [Peer(name=f"site {i}", node=new[i % len(new)], index=i) for i in rest]
         for reply in _hello(run, grid, more, patience=patience):
-            _welcome(run, reply)
+            _welcome(run, reply, connected)
 
 
 def greet_again(run: ServerRun, grid: Grid) -> None:
-    """Ask those who have not answered once more; what a site said itself is not asked for again.
+    """Ask those who have not answered once more, and who gave the name of a site whose node has gone.
 
-    They have had time to get ready, so that a round waits less for them than the start did.
+    What else a site said itself is not asked for again. They have had time to get ready, so that a round
+    waits less for them than the start did.
     """
     connected = set(grid.get_node_ids())
-    silent = sorted(seat for seat in run.silent if seat[0] in connected)
-    peers = _seated([node for node, _ in silent], _free_seats(run))
-    for seat in silent[: len(peers)]:
-        run.silent.discard(seat)
-        del run.refused[seat]
+    gone = {"", *(name for name, peer in run.peers.items() if peer.node not in connected)}
+    again = sorted(seat for seat, name in run.pending.items() if seat[0] in connected and name in gone)
+    peers = _seated([node for node, _ in again], _free_seats(run, connected))
+    for seat in again[: len(peers)]:
+        del run.pending[seat], run.refused[seat]
     if peers:
         patience = max(run.config.federation.join_wait, HELLO_AGAIN_SECONDS)
         for reply in _hello(run, grid, peers, patience=patience):
-            _welcome(run, reply)
+            _welcome(run, reply, connected)
 
 
-def _free_seats(run: ServerRun) -> list[int]:
-    taken = {peer.index for peer in run.peers.values()}
+def _free_seats(run: ServerRun, connected: Set[int]) -> list[int]:
+    """Return the seats of no site, or of one whose node has gone."""
+    taken = {peer.index for peer in run.peers.values() if peer.node in connected}
     return [index for index in range(run.config.federation.sites) if index not in taken]
 
 
@@ -456,8 +477,11 @@ def _read_hello(run: ServerRun, notes: Notes) -> _Hello:
     )
 
 
-def _require_fitting(run: ServerRun, hello: _Hello, *, simulated: bool) -> None:
+def _require_fitting(run: ServerRun, hello: _Hello, connected: Set[int], *, simulated: bool) -> None:
     """Refuse a site that cannot take part.
+
+    A site may come back from another node once its own has gone: Flower gives a SuperNode without a key
+    a new id at each start.
 
     Raises
     ------
@@ -467,8 +491,12 @@ def _require_fitting(run: ServerRun, hello: _Hello, *, simulated: bool) -> None:
     name, rank = hello.name, hello.rank
     if not name:
         raise MismatchError("the site sent no name")
-    if name in run.peers:
+    if name in run.peers and run.peers[name].node in connected:
         raise MismatchError(f"site {name}: another node joined under this name")
+    if name in run.peers and hello.ledger_tag != run.tags[name]:
+        raise MismatchError(f"site {name}: it came back with another privacy ledger")
+    if name not in run.peers and len(run.peers) >= run.config.federation.sites:
+        raise MismatchError(f"site {name}: all sites of the run have joined")
     if run.peers and simulated is not run.simulated:
         raise MismatchError(f"site {name}: simulated and real sites do not train together")
     # a baseline takes the sites that its recipe's own rule takes
@@ -479,14 +507,14 @@ def _require_fitting(run: ServerRun, hello: _Hello, *, simulated: bool) -> None:
         require_same_basis(projections(run.basis, seed=run.spec.basis), hello.projections, site=name)
 
 
-def _welcome(run: ServerRun, reply: Reply) -> None:
+def _welcome(run: ServerRun, reply: Reply, connected: Set[int]) -> None:
     """Take a site in, or set its node aside with the reason, whatever it sent."""
     simulated = reply.notes.get("simulated") is True
     try:
         if reply.reason:
             raise MismatchError(reply.reason)
         hello = _read_hello(run, reply.notes)
-        _require_fitting(run, hello, simulated=simulated)
+        _require_fitting(run, hello, connected, simulated=simulated)
     except FedllmError as error:
         _refuse(run, reply, str(error))
         return
@@ -495,6 +523,9 @@ def _welcome(run: ServerRun, reply: Reply) -> None:
     run.peers[name] = Peer(name=name, node=reply.peer.node, index=reply.peer.index, rank=hello.rank)
     run.data[name] = hello.data
     run.tags[name] = hello.ledger_tag
+    # what a site was sent may have gone with its node
+    run.kept.pop(name, None)
+    run.holders.discard(name)
     if reply.notes.get("has_basis") is True:
         run.holders.add(name)
     append_event(run.folder, "site_joined", site=name, node=reply.peer.node, simulated=run.simulated)
@@ -506,8 +537,8 @@ def _refuse(run: ServerRun, reply: Reply, reason: str) -> None:
         name = text(reply.notes, "site", limit=80)
     seat = reply.peer.node, reply.peer.index
     run.refused[seat] = reason
-    if not reply.notes:
-        run.silent.add(seat)
+    if not reply.notes or name in run.peers:
+        run.pending[seat] = name
     append_event(run.folder, "warning", text=f"{name or reply.peer.name} was set aside: {reason}")
 
 

@@ -135,6 +135,7 @@ def make_plan(
     public_units: int = 0,
     round: int = 1,
     spent: tuple[Spend, ...] = (),
+    before: tuple[Spend, ...] = (),
 ) -> PrivacyPlan:
     """Derive a site's plan from the recipe and its own number of training units.
 
@@ -145,9 +146,11 @@ def make_plan(
     round : int
         The round about to start, from 1.
     spent : tuple[Spend, ...]
-        What this run has booked at this site so far. If a crash made it book more than the
-        finished rounds explain, the remaining rounds get more noise, so that the run still ends
-        within ``privacy.epsilon``.
+        What this run has booked at this site for rounds so far. If a crash made it book more than
+        the finished rounds explain, the remaining rounds get more noise, so that the run still
+        ends within ``privacy.epsilon``.
+    before : tuple[Spend, ...]
+        What it has booked beside its rounds, as for a basis: all rounds get more noise for that.
 
     Raises
     ------
@@ -174,7 +177,7 @@ def make_plan(
             delta=privacy.delta,
             sample_rate=rate,
             steps=steps * (rounds - round + 1 if late else rounds),
-            prior=spent if late else (),
+            prior=(*before, *(spent if late else ())),
             cap=cap,
             records=count if cap else 0,
             relation=privacy.relation,
@@ -259,7 +262,7 @@ def whole_run(
     before: tuple[Spend, ...] = ()
     if makes_basis and config.adapter.basis == "dp-gradient":
         before = (basis_plan(config, units=units, site=site, public_units=public_units).spend(),)
-    plan = make_plan(config, units=units, site=site, public_units=public_units, spent=before)
+    plan = make_plan(config, units=units, site=site, public_units=public_units, before=before)
     return plan, (*before, plan.spend(rounds=plan.rounds))
 
 

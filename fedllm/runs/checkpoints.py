@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,6 +150,15 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Checkpoint | None, tuple[str, 
         except RunError as error:
             warnings.append(str(error))
     return None, tuple(warnings)
+
+
+def kept_extras(folder: RunFolder) -> list[dict[str, str]]:
+    """Return ``extra`` of every checkpoint that is kept, from its header alone; nothing of a damaged one."""
+    found = []
+    for path in _by_round(folder).values():
+        with suppress(SafetensorError, OSError, ValueError, KeyError), safe_open(path, "np") as stream:
+            found.append(dict(json.loads((stream.metadata() or {})["extra"])))
+    return found
 
 
 def _by_round(folder: RunFolder) -> dict[int, Path]:

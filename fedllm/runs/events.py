@@ -48,6 +48,7 @@ _LATER = {
     "site_reply": QUALITY[3:],
     "evaluated": (*QUALITY[3:], *INTERVAL, "calibration", "epsilon", "heldout_epsilon"),
     "site_noise": ("epsilon_sites", "epsilon_coordinator"),
+    "run_resumed": ("versions",),
 }
 
 #: Event name -> field -> type. Rounds count from 1, bytes as serialised, times are seconds, epsilon
@@ -109,7 +110,7 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
             "epsilon": float | None,
             "heldout_epsilon": float | None,
         },
-        "run_resumed": {"round": int},
+        "run_resumed": {"round": int, "versions": dict | None},
         "warning": {"text": str},
         "run_finished": {"seconds": float},
         "run_failed": {"reason": str},

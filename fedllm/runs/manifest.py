@@ -16,6 +16,7 @@ from typing import Any
 
 from fedllm.config import Config
 from fedllm.errors import RunError
+from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 
 PACKAGES = ("fedllm", "torch", "flwr", "transformers", "peft", "opacus", "dp-accounting", "numpy")
@@ -27,8 +28,9 @@ def versions() -> dict[str, str]:
 
 
 def config_digest(config: Config) -> str:
-    """Return the sha256 of all settings as canonical JSON, as hex."""
-    text = json.dumps(config.to_flat(), sort_keys=True, separators=(",", ":"))
+    """Return the sha256 of all settings as canonical JSON, as hex; where the run lies does not count."""
+    settings = config.replace(run__dir="", run__resume="").to_flat()
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -41,6 +43,8 @@ def write_manifest(
     simulated: bool,
 ) -> Path:
     """Write ``manifest.json``. It names no host and no path of this machine.
+
+    ``versions`` are those of the session that ended the run, ``earlier_versions`` what others before had.
 
     Parameters
     ----------
@@ -60,10 +64,12 @@ def write_manifest(
     RunError
         If it cannot be written.
     """
+    now = versions()
     manifest = {
         "schema": 1,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": now,
+        "earlier_versions": _earlier(folder, now),
         "commit": _commit(),
         "platform": {
             "system": platform.system(),
@@ -112,6 +118,18 @@ def settings_of(folder: RunFolder) -> Config:
         return config
     data = replace(config.data, source="file", path="", name="", subset="", partition="iid", site="")
     return replace(config, data=data)
+
+
+def _earlier(folder: RunFolder, now: Mapping[str, str]) -> dict[str, str]:
+    """Return where a run that was resumed had other versions before, and which."""
+    found = {}
+    for event in read_events(folder):
+        if event["event"] in ("run_started", "run_resumed"):
+            held = event["versions"]
+            other = [f"{name} {text}" for name, text in (held or {}).items() if now.get(name) != text]
+            if other or held is None:
+                found[f"from round {event.get('round', 1)}"] = ", ".join(other) or "not recorded"
+    return found
 
 
 def _version(package: str) -> str:

@@ -41,7 +41,8 @@ class DiracCanaries:
     Parameters
     ----------
     shapes : Mapping
-        Key -> shape of every matrix that trains.
+        Key -> shape of every matrix that trains in the first round. Where matrices take turns, canaries show
+        in the rounds of these alone.
     count : int
         Canaries; at most as many as numbers train.
     clipping_norm : float
@@ -58,12 +59,11 @@ class DiracCanaries:
         clipping_norm: float,
         expected_batch: float,
     ) -> None:
-        self._shapes = {key: tuple(shape) for key, shape in shapes.items()}
         self._clipping_norm = clipping_norm
         self._expected_batch = expected_batch
         self._known: list[dict[str, Tensor]] = []
         generator = SecureGenerator()
-        self._places = random_places(self._shapes, count=count, generator=generator)
+        self._places = random_places(shapes, count=count, generator=generator)
         self.included = generator.uniform(len(self._places)) < 0.5
         self.scores = np.zeros(len(self._places))
 
@@ -76,14 +76,22 @@ class DiracCanaries:
         ]
 
     def among(
-        self, gradients_of: Callable[[Sequence[Sequence[Encoded]]], dict[str, Tensor]]
+        self,
+        gradients_of: Callable[[Sequence[Sequence[Encoded]]], dict[str, Tensor]],
+        shapes: Mapping[str, Sequence[int]],
     ) -> Callable[[Sequence[Sequence[Encoded]]], dict[str, Tensor]]:
-        """Return a function that gives canaries their gradient and asks the given one for real units."""
+        """Return a function that gives canaries their gradient and asks the given one for real units.
+
+        Parameters
+        ----------
+        shapes : Mapping
+            Key -> shape of every matrix that trains in this round; a canary of another one is zero.
+        """
 
         def mixed(units: Sequence[Sequence[Encoded]]) -> dict[str, Tensor]:
             first = [unit[0].prompt[0] for unit in units]
             real = [row for row, token in enumerate(first) if token >= 0]
-            found = {key: torch.zeros(len(units), *shape) for key, shape in self._shapes.items()}
+            found = {key: torch.zeros(len(units), *shape) for key, shape in shapes.items()}
             if real:
                 own = {k: v.cpu() for k, v in gradients_of([units[row] for row in real]).items()}
                 self._known.append(clipped_sum(own, clipping_norm=self._clipping_norm))
@@ -92,7 +100,8 @@ class DiracCanaries:
             for row, token in enumerate(first):
                 if token < 0:
                     key, place = self._places[-1 - token]
-                    found[key][row].view(-1)[place] = 1000 * self._clipping_norm
+                    if key in found:
+                        found[key][row].view(-1)[place] = 1000 * self._clipping_norm
             return found
 
         return mixed
@@ -104,4 +113,5 @@ class DiracCanaries:
             total = {key: value - known[key] for key, value in total.items()}
         self._known = []
         flat = {key: value.reshape(-1) for key, value in total.items()}
-        self.scores += [float(flat[key][place]) for key, place in self._places]
+        # matrices may take turns; what was not released tells nothing
+        self.scores += [float(flat[key][place]) if key in flat else 0.0 for key, place in self._places]

@@ -30,7 +30,7 @@ class ClientRate:
     parameters : Mapping[str, Parameter]
         The matrices that train.
     last : Mapping[str, Tensor]
-        D, the change between the last two received states; empty in the first round.
+        D, the last change that the federation made to each matrix; empty in the first round.
     steps : int
         Steps of a round.
     paper : bool
@@ -49,7 +49,9 @@ class ClientRate:
         self._steps = steps
         self._paper = paper
         self._before = self._flat(parameters)
-        self._last = self._flat({key: last[key] for key in parameters}) if last else None
+        known = parameters.keys() <= last.keys()
+        moved = {key: last[key].to(value.device) for key, value in parameters.items()} if known else {}
+        self._last = self._flat(moved) if known else None
         self._change: Tensor | None = None
         self.factor = 1.0
 

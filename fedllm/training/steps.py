@@ -105,11 +105,12 @@ def private_gradients(
     PrivacyError
         From :func:`record_gradients`.
     """
+    shapes = {key: value.shape for key, value in trained.items()}
     gradients_of = of_units(partial(record_gradients, session, trained))
     if canaries is not None:
-        units, gradients_of = [*units, *canaries.units], canaries.among(gradients_of)
+        units, gradients_of = [*units, *canaries.units], canaries.among(gradients_of, shapes)
     found = private_release(
-        {key: value.shape for key, value in trained.items()},
+        shapes,
         units,
         gradients_of=gradients_of,
         plan=plan,

@@ -232,6 +232,16 @@ def test_one_run_stays_below_the_accountant_and_sees_a_lack_of_noise(monkeypatch
     assert min(result.bound for result in leaky) > 0.5
 
 
+def test_matrices_that_train_in_turn_are_audited_with_their_real_records(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipe = config(adapter__method="lora", strategy__name="rolora", federation__rounds=2)
+    found = canary_run.audit_one_run(recipe, canaries=40)
+    assert [result.canaries for result in found] == [40, 40]
+    assert all(result.check.passed for result in found)
+    assert "contributes nothing" not in caplog.text
+
+
 def test_tokens_are_read_from_a_small_record_and_not_from_its_private_gradient() -> None:
     found = inversion.attack_updates(config(data__max_per_label=5), records=4, candidates=3, rank=8)
     longer = [row for row in found.rows if row.tokens > row.rank]

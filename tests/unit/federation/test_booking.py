@@ -100,6 +100,34 @@ def test_a_public_number_is_a_count_and_goes_with_no_cap(policy: Path) -> None:
         real_site(policy, private(privacy__batch_cap=True, privacy__relation="zero-out-one"))
 
 
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_a_basis_is_paid_for_in_every_round_also_after_one_that_was_missed(finished: int) -> None:
+    config = private(
+        privacy__noise_multiplier=0.0,
+        privacy__epsilon=3.0,
+        **{k.replace(".", "__"): v for k, v in BASIS.items()},
+    )
+    first, (basis, _) = whole_run(config, units=400, site="x", makes_basis=True)
+    done = (first.spend(),) * finished
+    third = make_plan(config, units=400, site="x", round=3, spent=done, before=(basis,))
+    assert third == first
+    assert epsilon([basis, *done, third.spend()], delta=1e-4) <= 3.0
+
+
+def test_pooled_records_are_planned_for_as_they_train(federate: Any) -> None:
+    settings = {"data__source": "mcc", "federation__sites": 3}
+    config = private(**settings, federation__mode="central")
+    (guess,), (planned,) = estimate(config).sites, planned_sites(config, None)
+    recipe = {key.replace(".", "__"): value for key, value in PRIVATE.items()}
+    folder = federate(**recipe, **settings, federation__mode="central")
+    entries = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()
+    spent = epsilon([entry.spend for entry in entries], delta=1e-4)
+    assert (guess.name, planned.policy.site) == ("site-0", "site-0")
+    assert guess.epsilon == planned.epsilon == pytest.approx(spent)
+    base = private(**settings, federation__mode="base")
+    assert (estimate(base).sites, planned_sites(base, None)) == ((), [])
+
+
 def test_no_basis_is_made_on_a_ledger_that_was_rolled_back(policy: Path) -> None:
     site = asked(policy)
     with pytest.raises(PrivacyError, match="lost, rolled back or replaced"):

@@ -81,7 +81,8 @@ def test_the_230_of_the_paper_is_against_stacking_25_clients(tmp_path: Path) -> 
     base = settings("gemma-2-9b", tmp_path)
     ours = estimate_bytes(base.replace(**_underscored(FED_SB)))
     flora = {"adapter.method": "lora", "strategy.name": "flora", "adapter.rank": 32, "federation.sites": 25}
-    stacked = estimate_bytes(base.replace(**_underscored(flora)))
+    # the paper stacks without end
+    stacked = estimate_bytes(base.replace(**_underscored(flora), strategy__residual_cap=10**6))
     assert stacked.bytes_down / ours.bytes_down == pytest.approx(229.7, rel=0.01)
 
 

@@ -295,6 +295,122 @@ def test_a_damaged_basis_is_set_aside_and_the_next_site_makes_one(
     assert [event["accepted"] for event in events(folder, "round_finished")] == [3]
 
 
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+def test_a_kept_basis_that_is_damaged_is_sent_again(
+    federate: Any, events: Any, tmp_path: Path, damage: str
+) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "train" and message.metadata.group_id == "1" and site_of(reply) == "site-1":
+            (kept,) = (tmp_path / "run" / "sites" / "site-1" / "basis").iterdir()
+            found = kept.read_bytes()
+            kept.write_bytes(found[:-9] if damage == "cut" else found[:-4] + np.float32(7).tobytes())
+        return reply
+
+    folder = federate(tamper, adapter__basis="public-svd", federation__rounds=3)
+    replies = [event for event in events(folder, "site_reply") if event["site"] == "site-1"]
+    assert [event["accepted"] for event in replies] == [True, False, True]
+    assert "shipped basis" in replies[1]["reason"]
+
+
+class LosingGrid(InProcessGrid):
+    """In the second round two messages are not stored, and have an empty name, as Flower's then have."""
+
+    def lost(self, place: int, message: Message) -> bool:
+        return message.metadata.group_id == "2" and place > 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        lost = [self.lost(place, message) for place, message in enumerate(asked)]
+        taken = iter(super().push_messages([m for m, gone in zip(asked, lost, strict=True) if not gone]))
+        return ["" if gone else next(taken) for gone in lost]
+
+
+class MovingGrid(LosingGrid):
+    """The third node goes after the first round; a fourth one comes at once, or a round earlier."""
+
+    early = False
+
+    def __init__(self, app: Any, nodes: int) -> None:
+        super().__init__(app, nodes=nodes + 1)
+        self.trained = False
+
+    def get_node_ids(self) -> Iterable[int]:
+        if self.trained:
+            return [1, 2, 4]
+        return [1, 2, 3, 4] if self.early else [1, 2, 3]
+
+    def lost(self, place: int, message: Message) -> bool:
+        return message.metadata.dst_node_id not in self.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        asked = list(messages)
+        names = super().push_messages(asked)
+        self.trained = self.trained or any(kind(message) == "train" for message in asked)
+        return names
+
+
+class EarlyGrid(MovingGrid):
+    early = True
+
+
+@pytest.mark.parametrize("grid", [MovingGrid, EarlyGrid])
+def test_a_site_comes_back_from_another_node(federate: Any, events: Any, grid: type[InProcessGrid]) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if grid is EarlyGrid and kind(message) == "query.hello" and message.metadata.dst_node_id == 4:
+            return changed(message, reply, site="site-2")
+        return reply
+
+    # a matrix that rests is kept at the sites, and was sent to the node that has gone
+    kept = {"adapter__method": "lora", "strategy__name": "rolora"}
+    sites = 4 if grid is EarlyGrid else 3
+    folder = federate(tamper, carrier=grid, federation__rounds=3, federation__sites=sites, **PRIVATE, **kept)
+    assert [e["node"] for e in events(folder, "site_joined") if e["site"] == "site-2"] == [3, 4]
+    replies = [e for e in events(folder, "site_reply") if e["site"] == "site-2"]
+    assert [event["accepted"] for event in replies] == [True, True, True]
+
+
+def test_another_ledger_does_not_come_back_under_a_sites_name(federate: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello" and message.metadata.dst_node_id == 4:
+            return changed(message, reply, ledger_tag="another")
+        return reply
+
+    folder = federate(tamper, carrier=MovingGrid, **PRIVATE)
+    first, *_ = events(folder, "warning")
+    assert "site-2: it came back with another privacy ledger" in first["text"]
+    assert [event["accepted"] for event in events(folder, "round_finished")] == [3, 2]
+
+
+class FirstLosingGrid(LosingGrid):
+    def lost(self, place: int, message: Message) -> bool:
+        return message.metadata.group_id == "2" and place == 0
+
+
+def test_who_made_a_private_basis_and_missed_a_round_pays_for_it(federate: Any) -> None:
+    basis = {"adapter__basis": "dp-gradient", "adapter__basis_noise": 1.0, "adapter__basis_records": 6}
+    folder = federate(carrier=FirstLosingGrid, federation__rounds=3, **PRIVATE, **basis)
+    made, *rounds = Ledger(folder.site_dir("site-0") / "ledger.sqlite").entries()
+    assert [made.round, *(entry.round for entry in rounds)] == [0, 1, 3]
+    assert rounds[0].noise_multiplier == rounds[1].noise_multiplier
+
+
+class RefusingGrid(LosingGrid):
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = list(super().push_messages(messages))
+        return [] if "" in names else names
+
+
+@pytest.mark.parametrize(("grid", "lost"), [(LosingGrid, 2), (RefusingGrid, 3)])
+def test_what_is_not_delivered_is_not_waited_for(
+    federate: Any, events: Any, tmp_path: Path, grid: type[InProcessGrid], lost: int
+) -> None:
+    with pytest.raises(RunError, match=f"round 2: {3 - lost} of 3 .*could not be delivered"):
+        federate(carrier=grid, federation__deadline=600.0)
+    folder = open_run(tmp_path / "run")
+    (failed,) = [e for e in events(folder, "site_reply") if e["round"] == 2 and e["site"] == "site-2"]
+    assert (failed["bytes_down"], failed["seconds"]) == (0, 0.0)
+
+
 class PickyGrid(InProcessGrid):
     """Pulling raises on one certain reply, as Flower's does on a bad one; all asked for are gone."""
 
@@ -310,6 +426,13 @@ def test_a_reply_that_flower_cannot_read_is_set_aside(federate: Any, events: Any
     refused = [event for event in events(folder, "site_reply") if not event["accepted"]]
     assert [(event["round"], event["reason"]) for event in refused] == [(2, "unreadable reply")]
     assert events(folder, "run_finished")
+
+
+def test_a_sites_seconds_are_its_own(federate: Any, events: Any) -> None:
+    folder = federate()
+    for finished in events(folder, "round_finished"):
+        replies = [e for e in events(folder, "site_reply") if e["round"] == finished["round"]]
+        assert 0 < sum(event["seconds"] for event in replies) <= finished["seconds"]
 
 
 class BusyGrid(InProcessGrid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,15 @@ import pytest
 from flwr.app import Message
 from safetensors.numpy import load_file
 
+from fedllm.adapters import METHODS
+from fedllm.aggregation import make_rule
 from fedllm.config import Config
 from fedllm.errors import ConfigError
+from fedllm.federation.client import _last_change
+from fedllm.federation.local import Start
 from fedllm.federation.loop import drawn_sites
+from fedllm.federation.memory import SiteMemory
+from fedllm.training.spec import adapter_spec
 
 NAMES = [f"site-{index}" for index in range(20)]
 SOME: dict[str, Any] = {
@@ -92,3 +99,17 @@ def test_a_private_site_never_spends_more_than_its_budget(federate: Any, events:
 def test_what_cannot_be_drawn_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Config.from_flat({"federation.sites": 4} | settings)
+
+
+@pytest.mark.parametrize("name", ["fedit", "rolora"])
+def test_fedhyper_sees_the_last_change_of_matrices_that_train_in_turn(name: str, tmp_path: Path) -> None:
+    values = {"model.name": "tiny-llama", "adapter.method": "lora", "strategy.name": name}
+    config = Config.from_flat(values | {"train.fedhyper": "cosine"})
+    rule, spec, memory = make_rule(config), adapter_spec(config), SiteMemory(tmp_path, "0a")
+    state = METHODS[spec.method].initial_state(spec, seed="0")
+    for round in range(1, 6):
+        found = _last_change(config, Start(shared=state, state=state, folded={}), memory, round)
+        now = state.only(rule.plan(spec, round).train).tensors
+        if round > 2:
+            assert all(np.allclose(found[key], 1.0) for key in now)
+        state = state.with_tensors({k: v + 1.0 if k in now else v for k, v in state.tensors.items()})

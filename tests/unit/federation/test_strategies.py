@@ -488,9 +488,33 @@ def test_folded_updates_above_the_cap_are_recompressed_and_said(federate: Any, e
     assert all(term.rank <= 10 + RANK for term in exported(folder).values())
 
 
-@pytest.mark.parametrize("name", ["fedit", "rolora", "fed-sb", "flora", "fedex", "fedask", "fedsa", "fedsvd"])
-def test_estimates_are_within_a_tenth_of_what_is_sent(name: str, federate: Any, events: Any) -> None:
-    settings = options(name) | {"adapter__rank": 16, "federation__rounds": 3, "strategy__residual_cap": 1000}
+def test_of_what_was_folded_only_what_a_checkpoint_names_stays(
+    federate: Any, resume: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        federate(interrupted(5), **options("flora"), federation__rounds=5, strategy__residual_cap=10)
+    folder = tmp_path / "run" / "checkpoints"
+    # above the cap every round makes its piece anew; three checkpoints stay
+    assert len(list(folder.glob("round-*"))) == len(list(folder.glob("folded-*"))) == 3
+    # the newest is damaged: what the one before names is still there
+    newest = folder / "round-0004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7] + b"xxxxxxx")
+    resume(tmp_path / "run")
+    assert len(list(folder.glob("folded-*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "cap"),
+    [
+        *((n, 1000) for n in ("fedit", "rolora", "fed-sb", "flora", "fedex", "fedask", "fedsa", "fedsvd")),
+        ("flora", 60),
+        ("fedex", 10),
+    ],
+)
+def test_estimates_are_within_a_tenth_of_what_is_sent(
+    name: str, cap: int, federate: Any, events: Any
+) -> None:
+    settings = options(name) | {"adapter__rank": 16, "federation__rounds": 3, "strategy__residual_cap": cap}
     folder = federate(**settings)
     values = {
         "model.name": "tiny-llama",

@@ -9,6 +9,7 @@ import pytest
 from fedllm.config import Config
 from fedllm.errors import RunError
 from fedllm.runs import manifest as module
+from fedllm.runs.events import append_event
 from fedllm.runs.folder import load_config
 from fedllm.runs.manifest import config_digest, read_manifest, versions, write_manifest
 
@@ -30,9 +31,30 @@ def test_manifest_names_versions_and_hashes_but_no_host_or_path(make_run) -> Non
     assert platform.node() not in json.loads(text)["platform"].values()
 
 
+def test_a_resumed_run_names_the_versions_of_every_session(make_run) -> None:
+    folder, now = make_run(), versions()
+    append_event(
+        folder, "run_started", run_id="r", sites=1, rounds=4, config={}, versions=now | {"torch": "1.0"}
+    )
+    append_event(folder, "run_resumed", round=2)
+    append_event(folder, "run_resumed", round=3, versions=now)
+    write_manifest(folder, config=load_config(folder), model={}, data={}, simulated=True)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert manifest["versions"] == now
+    assert manifest["earlier_versions"] == {"from round 1": "torch 1.0", "from round 2": "not recorded"}
+
+
 def test_digest_follows_the_settings() -> None:
     assert config_digest(Config()) == config_digest(Config().replace(train__lr=Config().train.lr))
     assert config_digest(Config()) != config_digest(Config().replace(train__lr=0.5))
+    assert config_digest(Config()) != config_digest(Config().replace(data__path="own.csv"))
+
+
+def test_one_recipe_in_two_folders_has_one_digest() -> None:
+    one, other = Config().replace(run__dir="/runs/one"), Config().replace(run__dir="/runs/two")
+    assert config_digest(one) == config_digest(other) == config_digest(Config())
+    assert config_digest(one.replace(run__resume="/runs/one")) == config_digest(one)
 
 
 def test_a_package_that_is_not_there_is_empty(monkeypatch) -> None:
