@@ -24,6 +24,7 @@ from fedllm.config import Config
 from fedllm.errors import FedllmError, RunError, WireError
 from fedllm.federation.counts import noised_accuracies
 from fedllm.federation.exchange import Peer, Reply, exchange
+from fedllm.federation.greeting import gather_sites, greet, greet_again
 from fedllm.federation.local import named_payloads, restart_state
 from fedllm.federation.outgoing import read_update, save_folded
 from fedllm.federation.records import ADAPTER, SITE_NOISE, Note, amounts, example_count, number, pack, text
@@ -32,9 +33,6 @@ from fedllm.federation.run import (
     ServerRun,
     counted,
     drop_pieces,
-    gather_sites,
-    greet,
-    greet_again,
     save_pieces,
     ship_basis,
 )
