@@ -125,6 +125,7 @@ def _write(
         console.print("no run has finished; there is nothing to compare")
         return
     folder.mkdir(parents=True, exist_ok=True)
+    aside = [] if figures is not None else set_aside([job for job in jobs if job.name in done])
     rows = write_comparison(
         folder,
         list(done.values()),
@@ -133,6 +134,7 @@ def _write(
         baselines=comparison.baselines,
         chance=chance,
         missing=[job.name for job in jobs if job.name not in done],
+        aside=aside,
         source=source,
         # of figures alone nobody knows the settings they came from
         digests={}
@@ -153,6 +155,8 @@ def _write(
             cells = zip(heads, row_cells(row, comparison.metric), strict=True)
             table.add_row(*(escape(cell) for head, cell in cells if head not in LEFT_OUT))
         console.print(table)
+    for text in aside:
+        console.print(f"replies were set aside: {text}", style="yellow", soft_wrap=True, markup=False)
     console.print(
         f"\ntable:   {folder / 'compare.md'}\npicture: {folder / 'compare.png'}", soft_wrap=True, markup=False
     )
@@ -170,6 +174,19 @@ def _finished(jobs: Sequence[Job], metric: str) -> dict[str, Outcome]:
         for job in jobs
         if job.state() == "finished"
     }
+
+
+def set_aside(jobs: Sequence[Job]) -> list[str]:
+    """Return the runs in which replies were set aside, each with the sites they came from."""
+    from fedllm.runs.events import read_events
+    from fedllm.runs.folder import open_run
+
+    found = []
+    for job in jobs:
+        events = read_events(open_run(job.folder))
+        sites = {e["site"] for e in events if e["event"] == "site_reply" and not e["accepted"]}
+        found += [f"{job.name} ({', '.join(sorted(sites))})"] if sites else []
+    return found
 
 
 def _read(jobs: Sequence[Job], figures: Path) -> dict[str, Outcome]:

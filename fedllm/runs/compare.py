@@ -92,6 +92,7 @@ def write_comparison(
     baselines: Iterable[str],
     chance: Mapping[str, float] | None = None,
     missing: Sequence[str],
+    aside: Sequence[str] = (),
     source: bytes,
     digests: Mapping[str, str],
 ) -> list[Row]:
@@ -111,6 +112,8 @@ def write_comparison(
         Group -> accuracy of guessing among its labels, where it is to be shown.
     missing : Sequence[str]
         Runs that are not there; the table's page names them.
+    aside : Sequence[str]
+        Runs and their sites of which replies were set aside; the page names them, too.
     source : bytes
         The comparison's file.
     digests : Mapping[str, str]
@@ -130,7 +133,7 @@ def write_comparison(
         "config_sha256": dict(digests),
     }
     files = {
-        "compare.md": _markdown(rows, title=title, metric=metric, missing=missing).encode(),
+        "compare.md": _markdown(rows, title=title, metric=metric, missing=missing, aside=aside).encode(),
         "compare.csv": figures_csv(outcomes).encode(),
         "compare.svg": picture(figure, "svg"),
         "compare.png": picture(figure, "png"),
@@ -142,7 +145,9 @@ def write_comparison(
     return rows
 
 
-def _markdown(rows: Sequence[Row], *, title: str, metric: str, missing: Sequence[str]) -> str:
+def _markdown(
+    rows: Sequence[Row], *, title: str, metric: str, missing: Sequence[str], aside: Sequence[str]
+) -> str:
     heads, kind = columns(metric), METRICS[metric]
     lines = [f"# {title}", "", _line(heads), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
     lines += [_line(row_cells(row, metric)) for row in rows]
@@ -150,6 +155,8 @@ def _markdown(rows: Sequence[Row], *, title: str, metric: str, missing: Sequence
     lines += ["", NOTE.format(metric=kind.title, end=end), "", "![The picture](compare.png)"]
     if missing:
         lines += ["", f"Not finished: {'; '.join(missing)}."]
+    if aside:
+        lines += ["", f"Not all sites took part throughout; replies were set aside: {'; '.join(aside)}."]
     return "\n".join(lines) + "\n"
 
 

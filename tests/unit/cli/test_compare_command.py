@@ -17,6 +17,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedllm.cli.app import app
+from fedllm.cli.compare import set_aside
 from fedllm.cli.comparison import read_comparison
 from fedllm.cli.jobs import Job, core_shares, plan
 from fedllm.config import Config, parse_overrides, read_toml
@@ -24,6 +25,8 @@ from fedllm.data.sources import load_records
 from fedllm.errors import ConfigError
 from fedllm.federation.inprocess import run
 from fedllm.resources import find_recipe
+from fedllm.runs.events import append_event
+from fedllm.runs.folder import open_run
 
 ROOT = Path(__file__).parents[3]
 HEAD = [sys.executable, "-W", "ignore", "-m", "fedllm.cli.app", "compare"]
@@ -344,6 +347,11 @@ def test_a_finished_cell_whose_records_changed_is_run_anew(tmp_path: Path) -> No
     )
     run(config)
     assert job.state() == "finished"
+    assert set_aside([job]) == []
+    refused = {"accepted": False, "reason": "too long", "bytes_up": 1, "bytes_down": 1, "epsilon": None}
+    nothing = {"loss": None, "accuracy": None, "macro_f1": None, "seconds": 0.0}
+    append_event(open_run(job.folder), "site_reply", round=1, site="south", **refused, **nothing)
+    assert set_aside([job]) == ["all, A, seed 1 (south)"]
     # written again as it was, and then with another label
     rows.write_text(rows.read_text())
     assert job.state() == "finished"

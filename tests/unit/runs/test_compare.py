@@ -175,6 +175,7 @@ def test_all_files_are_written(finished: Finished, tmp_path: Path) -> None:
         metric="macro_f1",
         baselines=("base", "majority"),
         missing=["all, C, seed 1"],
+        aside=["all, private, seed 1 (s1)"],
         source=b"recipe = 'demo/smoke'\n",
         digests={"all/a-x/1": "ff"},
     )
@@ -183,6 +184,7 @@ def test_all_files_are_written(finished: Finished, tmp_path: Path) -> None:
     assert page.startswith("# Two $ methods\n")
     assert r"A\|x" in page
     assert "Not finished: all, C, seed 1." in page
+    assert "replies were set aside: all, private, seed 1 (s1)." in page
     assert "lowest macro-F1" in page
     table = list(csv.DictReader((folder / "compare.csv").open()))
     assert [(row["method"], row["seed"]) for row in table][:2] == [("A|x", "1"), ("A|x", "2")]
