@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -248,14 +247,14 @@ def core_shares(parts: int) -> list[frozenset[int]]:
 
 def _note(job: Job, state: str) -> str:
     if state == "changed":
-        return f": anew, its settings changed ({_difference(job)})"
+        return f": anew, its settings changed ({_difference(job)}); the old run is kept as {_aside(job).name}"
     if state == "unreadable":
         return f": anew, the old run's settings cannot be read; it is kept as {_aside(job).name}"
     return ": goes on" if state == "unfinished" else ""
 
 
 def _aside(job: Job) -> Path:
-    """Return where a run is moved that this version cannot read."""
+    """Return where a run is moved whose folder is needed for another one."""
     names = (job.folder.with_name(f"{job.folder.name}.{number}") for number in itertools.count(1))
     return next(path for path in names if not path.exists())
 
@@ -263,10 +262,7 @@ def _aside(job: Job) -> Path:
 def _start(job: Job, state: str, cores: frozenset[int]) -> BaseProcess:
     if state in ("changed", "unreadable"):
         with locked(RunFolder(job.folder)):
-            if state == "changed":
-                shutil.rmtree(job.folder)
-            else:
-                job.folder.rename(_aside(job))
+            job.folder.rename(_aside(job))
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.log.unlink(missing_ok=True)
     # forked from a process that has imported everything once: imports take longer than a small run
