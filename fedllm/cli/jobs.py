@@ -110,9 +110,10 @@ class Job:
             return "missing"
         try:
             same = config_digest(load_config(run)) == config_digest(self.config)
+            same = same and _same_records(run, self.config)
         except RunError:
             return "unreadable"
-        if not (same and _same_records(run, self.config)):
+        if not same:
             return "changed"
         done = any(event["event"] == "run_finished" for event in read_events(run))
         return "finished" if done else "unfinished"
