@@ -148,6 +148,8 @@ def read_toml(path: str | Path) -> dict[str, Scalar]:
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Scalar]:
     """Parse ``key=value`` words; a value is TOML where it can be, else a string.
 
+    The value of a setting that is a text stays as it was written, but for quotes.
+
     >>> parse_overrides(["train.lr=3e-4", "run.dir=/tmp/a", "privacy.enabled=true"])
     {'train.lr': 0.0003, 'run.dir': '/tmp/a', 'privacy.enabled': True}
     """
@@ -160,7 +162,8 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Scalar]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        values[key] = value if isinstance(value, str | int | float | bool) else text
+        is_text = key in SETTINGS and isinstance(SETTINGS[key].default, str)
+        values[key] = value if isinstance(value, str if is_text else str | int | float | bool) else text
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fedllm.errors import ConfigError
@@ -36,11 +37,11 @@ def find_recipe(name: str) -> Path:
     """
     import difflib
 
-    path = Path(name)
-    if path.is_file():
-        return path
+    # a name may be too long for a file, which os.path takes for an answer
+    if os.path.isfile(name):
+        return Path(name)
     shipped = recipes_dir() / f"{name.removesuffix('.toml')}.toml"
-    if shipped.is_file():
+    if os.path.isfile(shipped):
         return shipped
     near = difflib.get_close_matches(name.removesuffix(".toml"), recipe_names(), n=1, cutoff=0.4)
     hint = f" Did you mean '{near[0]}'?" if near else ""

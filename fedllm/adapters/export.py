@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 STATE_FILE = "fedllm_state.safetensors"
 WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 
 
@@ -43,8 +46,8 @@ def save_state(state: AdapterState, folder: Path, *, seed: str) -> None:
             folder / STATE_FILE,
             metadata={"spec": state.spec.to_json(), "seed": seed},
         )
-    except OSError as error:
-        raise RunError(f"{folder}: the adapter could not be written ({error.strerror}).") from error
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(folder, error) from error
 
 
 def save_peft_adapter(
@@ -139,20 +142,50 @@ def load_state(folder: Path) -> tuple[AdapterState, str]:
     RunError
         If the folder holds no state of fedllm, or a damaged one.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = folder / STATE_FILE
     if not path.is_file():
-        raise RunError(f"adapter.init: {folder} holds no {STATE_FILE}; give the adapter folder of a run.")
+        raise RunError(f"{folder} holds no {STATE_FILE}; give the adapter folder of a run.")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
             order = AdapterSpec.from_json(metadata["spec"])
         tensors = load_file(path)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise RunError(f"adapter.init: {path} is damaged ({type(error).__name__}).") from None
+        raise _damaged(path, error) from None
     shapes = METHODS[order.method].trained_shapes(order)
     return AdapterState(order, {key: tensors[key] for key in shapes if key in tensors}), metadata["seed"]
+
+
+def require_loadable(folder: Path) -> None:
+    """Refuse a PEFT folder that was cut off while it was written or copied.
+
+    Raises
+    ------
+    RunError
+        If its configuration or its matrices cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        json.loads(path.read_bytes())
+        path = folder / WEIGHTS_FILE
+        # opening compares the header with the file's length
+        with safe_open(path, framework="numpy"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{path} is missing or damaged ({type(error).__name__}); restore it from a backup, or run the recipe "
+        "again."
+    )
+
+
+def _unwritten(folder: Path, error: OSError | SafetensorError) -> RunError:
+    # a full disk is an error of its own to safetensors
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return RunError(f"{folder}: the adapter could not be written ({reason}).")
 
 
 def _write_lora(
@@ -222,5 +255,5 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
         save_file(whole, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-    except OSError as error:
-        raise RunError(f"{folder}: the adapter could not be written ({error.strerror}).") from error
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(folder, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -112,11 +113,10 @@ def _one(kind: str, auditor: Callable[[], Found], folder: RunFolder | None) -> b
 def _subject(name: str, overrides: list[str]) -> tuple[RunFolder | None, Config]:
     from fedllm.runs.folder import load_config, open_run
 
-    path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):
         if overrides:
             raise ConfigError("settings cannot be changed for the audit of a run; name a recipe for that.")
-        folder = open_run(path)
+        folder = open_run(name)
         return folder, load_config(folder)
     return None, Config.from_toml(find_recipe(name), overrides)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm.cli.recipes import Overrides, whole_sites_table
@@ -71,7 +72,7 @@ def _spending(book: Book, dataset: str) -> Table:
         "noise multiplier",
         "epsilon of the run",
         "epsilon in all",
-        title=f"{policy.site}, data set '{dataset}'",
+        title=escape(f"{policy.site}, data set '{dataset}'"),
         title_justify="left",
         box=None,
     )

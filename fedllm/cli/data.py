@@ -28,8 +28,8 @@ def check(
     """
     from fedllm.data.check import check_file
 
-    given = parse_overrides(overrides or [])
-    values = {key if "." in key else f"data.{key}": value for key, value in given.items()}
+    words = overrides or []
+    values = parse_overrides(word if "." in word.partition("=")[0] else f"data.{word}" for word in words)
     if "data.rejected" in values:
         values = {**parse_overrides(["train.objective=dpo", "data.task=generate"]), **values}
     if "data.options" in values:

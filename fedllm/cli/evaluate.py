@@ -79,4 +79,4 @@ def _with_harness(run: Path, words: list[str], *, limit: int, site: str) -> None
     console.print(table)
     if limit:
         console.print(f"\nonly the first {limit} questions of each task: no figures to compare with others'")
-    console.print(f"kept in {found.file}", soft_wrap=True)
+    console.print(f"kept in {found.file}", soft_wrap=True, markup=False)

@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -111,9 +110,10 @@ class Job:
             return "missing"
         try:
             same = config_digest(load_config(run)) == config_digest(self.config)
+            same = same and _same_records(run, self.config)
         except RunError:
             return "unreadable"
-        if not (same and _same_records(run, self.config)):
+        if not same:
             return "changed"
         done = any(event["event"] == "run_finished" for event in read_events(run))
         return "finished" if done else "unfinished"
@@ -248,14 +248,14 @@ def core_shares(parts: int) -> list[frozenset[int]]:
 
 def _note(job: Job, state: str) -> str:
     if state == "changed":
-        return f": anew, its settings changed ({_difference(job)})"
+        return f": anew, its settings changed ({_difference(job)}); the old run is kept as {_aside(job).name}"
     if state == "unreadable":
         return f": anew, the old run's settings cannot be read; it is kept as {_aside(job).name}"
     return ": goes on" if state == "unfinished" else ""
 
 
 def _aside(job: Job) -> Path:
-    """Return where a run is moved that this version cannot read."""
+    """Return where a run is moved whose folder is needed for another one."""
     names = (job.folder.with_name(f"{job.folder.name}.{number}") for number in itertools.count(1))
     return next(path for path in names if not path.exists())
 
@@ -263,10 +263,7 @@ def _aside(job: Job) -> Path:
 def _start(job: Job, state: str, cores: frozenset[int]) -> BaseProcess:
     if state in ("changed", "unreadable"):
         with locked(RunFolder(job.folder)):
-            if state == "changed":
-                shutil.rmtree(job.folder)
-            else:
-                job.folder.rename(_aside(job))
+            job.folder.rename(_aside(job))
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.log.unlink(missing_ok=True)
     # forked from a process that has imported everything once: imports take longer than a small run

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import tomli_w
 
+from fedllm.errors import RunError
 from fedllm.home import home
 from fedllm.resources import app_dir
 from fedllm.settings import Scalar
@@ -36,11 +37,22 @@ class Launch:
         Sites at work at once, one core each.
     offline : bool
         Whether model and data are on this machine, so that no hub needs to be asked.
+
+    Raises
+    ------
+    RunError
+        If the Flower home cannot be made.
     """
 
     def __init__(self, values: Mapping[str, Scalar], *, sites: int, parallel: int, offline: bool) -> None:
         self._folder = home() / "flwr" / uuid.uuid4().hex[:8]
-        self._folder.mkdir(parents=True)
+        try:
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(
+                f"{self._folder}: cannot be made ({error.strerror}); set FEDLLM_HOME to a folder you may "
+                "write to."
+            ) from None
         self.log = self._folder / "flwr.log"
         settings = self._folder / "settings.toml"
         settings.write_text(tomli_w.dumps(dict(values)), encoding="utf-8")

@@ -22,7 +22,7 @@ from fedllm.cli.tables import Event, LiveRounds, final_table
 from fedllm.config import Config, parse_overrides, read_toml
 from fedllm.errors import ConfigError, FedllmError, RunError
 from fedllm.resources import find_recipe
-from fedllm.settings import Scalar
+from fedllm.settings import PATHS, Scalar
 
 console = Console(highlight=False)
 
@@ -59,11 +59,16 @@ def run(
 ) -> None:
     """Run a recipe with simulated sites on this machine."""
     values, folder, config = _settings(find_recipe(recipe), [*(overrides or []), *_mode(mode)])
+    from fedllm.data.sites import simulated_sites
     from fedllm.federation.plan import check_recipe
     from fedllm.models.load import load_config
 
     check_recipe(config)
     load_config(config.model)
+    sites, seed, fold = config.federation.sites, config.run.seed, config.evaluation.fold
+    for _ in simulated_sites(config.data, sites=sites, seed=seed, fold=fold):
+        # each share is read and checked before anything starts
+        pass
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False)
     try:
         if engine is Engine.process:
@@ -89,6 +94,7 @@ def _mode(mode: Mode | None) -> list[str]:
 
 def _settings(recipe: Path, overrides: list[str]) -> tuple[dict[str, Scalar], Path, Config]:
     """Return what is sent to the server, the run folder, and the run's settings."""
+    from fedllm.federation.run import require_unfinished
     from fedllm.runs.folder import load_config, new_run_path, open_run
 
     given = parse_overrides(overrides)
@@ -99,17 +105,15 @@ def _settings(recipe: Path, overrides: list[str]) -> tuple[dict[str, Scalar], Pa
             raise ConfigError(
                 f"run.resume goes on with the settings of its folder; remove {', '.join(others)}."
             )
-        folder = open_run(Path(config.run.resume).resolve())
+        folder = open_run(Path(config.run.resume).expanduser().resolve())
+        require_unfinished(folder)
         return {"run.resume": str(folder.path)}, folder.path, load_config(folder)
     path = Path(config.run.dir).expanduser().resolve() if config.run.dir else new_run_path()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} exists; choose another run.dir, or go on with run.resume={path}")
-    changes: dict[str, Scalar] = {"run__dir": str(path)}
-    for key in ("data.path", "model.path", "adapter.init"):
-        value = str(config.to_flat()[key])
-        if value:
-            changes[key.replace(".", "__")] = str(Path(value).expanduser().resolve())
-    config = config.replace(**changes)
+    flat = config.to_flat() | {"run.dir": str(path)}
+    named = {key: Path(str(flat[key])).expanduser().resolve() for key in PATHS if flat[key]}
+    config = Config.from_flat(flat | {key: str(value) for key, value in named.items()})
     return config.changed(), path, config
 
 
@@ -172,10 +176,14 @@ class Watch:
 
 
 def _say_resume(folder: Path, recipe: str) -> None:
-    if (folder / "config.toml").is_file():
-        console.print(f"go on with: fedllm run {recipe} run.resume={folder}", soft_wrap=True, markup=False)
-    else:
+    from fedllm.runs.events import read_events
+    from fedllm.runs.folder import RunFolder
+
+    names = {event["event"] for event in read_events(RunFolder(folder))}
+    if "run_started" not in names:
         console.print("the run had not begun; nothing was kept")
+    elif "run_finished" not in names:
+        console.print(f"go on with: fedllm run {recipe} run.resume={folder}", soft_wrap=True, markup=False)
 
 
 def _print_result(folder: Path) -> None:

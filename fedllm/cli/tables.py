@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm.config import Config
@@ -161,12 +162,12 @@ def final_table(runs: Sequence[tuple[str, Sequence[Event]]]) -> Table:
         table.add_column(column, justify="right")
     for (name, events), pair in zip(runs, pairs, strict=True):
         for site in sorted({event["site"] for event in events if event["event"] == "evaluated"}):
-            table.add_row(name, site, *_site_cells(site, events, pair))
+            table.add_row(escape(name), escape(site), *_site_cells(site, events, pair))
         table.add_section()
     lines = [_fairness(name, events, pair) for (name, events), pair in zip(runs, pairs, strict=True)]
     lines += sorted({_terms(events) for _, events in runs} | {_base(events) for _, events in runs})
     if any(lines):
-        table.caption, table.caption_justify = "\n".join(line for line in lines if line), "left"
+        table.caption, table.caption_justify = escape("\n".join(line for line in lines if line)), "left"
     return table
 
 

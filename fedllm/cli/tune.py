@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm.cli.comparison import read_comparison
@@ -36,7 +37,7 @@ def tune(
 
     comparison = replace(read_comparison(file), baselines=())
     folder = (dir or Path("runs") / f"{file.stem}-tuned").expanduser().resolve()
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists; a private choice starts anew, in a new folder (--dir).")
     candidates = [job for job in plan(comparison, file, folder) if "federation.mode" not in job.changes]
     candidates = [job for job in candidates if job.seed == comparison.seeds[0]]
@@ -49,6 +50,10 @@ def tune(
         raise RunError(f"no run finished: {'; '.join(failures.values())}")
     _, best = max(scored, key=lambda found: found[0])
     _say(scored, best, tuning_cost(best.config, mean=mean, runs=len(jobs)), mean=mean)
+    for name, reason in failures.items():
+        console.print(f"failed: {name}: {reason}", style="red", soft_wrap=True, markup=False)
+    if failures:
+        raise typer.Exit(1)
 
 
 def _placed(job: Job, folder: Path) -> Job:
@@ -81,7 +86,7 @@ def _say(scored: list[tuple[float, Job]], best: Job, costs: list[TuningCost], *,
         "run", "candidate", "held-out accuracy, %", "", box=None, title="runs", title_justify="left"
     )
     for score, job in scored:
-        table.add_row(job.group, job.cell, f"{100 * score:.1f}", "kept" if job is best else "")
+        table.add_row(job.group, escape(job.cell), f"{100 * score:.1f}", "kept" if job is best else "")
     console.print(table)
     spent = Table(
         "site",
@@ -93,7 +98,7 @@ def _say(scored: list[tuple[float, Job]], best: Job, costs: list[TuningCost], *,
         title_justify="left",
     )
     for cost in costs:
-        spent.add_row(cost.site, f"{cost.one:.2f}", f"{cost.selected:.2f}", f"{cost.composed:.2f}")
+        spent.add_row(escape(cost.site), f"{cost.one:.2f}", f"{cost.selected:.2f}", f"{cost.composed:.2f}")
     spent.caption = (
         f"kept adapter alone: RDP, random number of runs with mean {mean:g}; all runs seen: PLD, for "
         "coordinator and sites"

@@ -9,7 +9,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedllm.adapters.export import WEIGHTS_FILE, load_state, save_with_base
+from fedllm.adapters import METHODS
+from fedllm.adapters.export import load_state, require_loadable, save_with_base
 from fedllm.adapters.layers import drop_empty_biases
 from fedllm.aggregation import make_rule
 from fedllm.data.encode import PromptEncoder
@@ -21,7 +22,8 @@ from fedllm.models.gguf_file import QUANTIZATIONS, require_llama, write_gguf
 from fedllm.models.load import load_base, load_tokenizer
 from fedllm.models.load import load_config as load_model_config
 from fedllm.models.quiet import quiet
-from fedllm.runs.folder import RunFolder, load_config, open_run
+from fedllm.runs.events import read_events
+from fedllm.runs.folder import RunFolder, load_config, open_run, written_whole
 from fedllm.runs.manifest import settings_of
 from fedllm.settings import DataSettings
 
@@ -29,10 +31,25 @@ from fedllm.settings import DataSettings
 def export_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
     """Write a finished run's adapter as a PEFT folder with a model card.
 
-    Parameters and errors are those of :func:`write_adapter`.
+    Parameters
+    ----------
+    target : Path
+        A new folder, or an empty one; it is whole, or as it was.
+    site : str
+        A simulated site whose personal adapter is meant (fedsa, local).
+
+    Raises
+    ------
+    RunError
+        If the run has no such adapter, or the target exists, is in the run folder or cannot be written.
+    ModelError
+        If the base is needed and cannot be loaded.
     """
-    write_adapter(folder, target, site=site)
-    run_card(open_run(folder), target, site=site)
+    run = open_run(folder)
+    _require_free(target, run)
+    with written_whole(target) as fresh:
+        write_adapter(folder, fresh, site=site)
+        run_card(run, fresh, site=site)
     return target
 
 
@@ -47,21 +64,22 @@ def write_adapter(folder: Path, target: Path, *, site: str = "") -> Path:
     Raises
     ------
     RunError
-        If the run has no such adapter, or the target exists.
+        If the run has no such adapter, it is damaged, or the target cannot be written.
     ModelError
         If the base is needed and cannot be loaded.
     """
     run = open_run(folder)
     config, source = settings_of(run), _adapter_dir(run, site)
-    _require_free(target)
-    if (source / WEIGHTS_FILE).is_file():
-        target.mkdir(parents=True, exist_ok=True)
-        for file in source.iterdir():
-            (target / file.name).write_bytes(file.read_bytes())
+    if METHODS[config.adapter.method].export != "base":
+        require_loadable(source)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for file in source.iterdir():
+                (target / file.name).write_bytes(file.read_bytes())
+        except OSError as error:
+            raise RunError(f"{target}: the adapter could not be copied ({error.strerror}).") from None
         return target
     state, _ = load_state(source)
-    if not site and (make_rule(config).about.personal or state.spec.method not in ("hydra", "dora")):
-        raise RunError(f"{run.path}: every site has an adapter of its own; name one with --site.")
     labels = max((out for out, _ in state.spec.head.values()), default=0)
     base = load_base(config.model, labels=labels)
     save_with_base(state, base, target, base_model=config.model.called)
@@ -76,16 +94,17 @@ def export_merged(folder: Path, target: Path, *, site: str = "") -> Path:
     ConfigError
         From :func:`merged_model`.
     RunError
-        If the run has no such adapter, or the target exists.
+        If the run has no such adapter, or the target exists, is in the run folder or cannot be written.
     ModelError
         If the base cannot be loaded.
     """
     run = open_run(folder)
     config = settings_of(run)
-    _require_free(target)
-    merged_model(folder, site=site).save_pretrained(target)
-    load_tokenizer(config.model).save_pretrained(target)
-    run_card(run, target, form="merged", site=site)
+    _require_free(target, run)
+    with written_whole(target) as fresh:
+        merged_model(folder, site=site).save_pretrained(fresh)
+        load_tokenizer(config.model).save_pretrained(fresh)
+        run_card(run, fresh, form="merged", site=site)
     return target
 
 
@@ -109,7 +128,7 @@ def export_gguf(folder: Path, target: Path, *, quantization: str = "f16", site: 
     ConfigError
         If the quantisation is unknown, the base is quantised, or the adapter is virtual tokens.
     RunError
-        If the run has no such adapter, or the target exists.
+        If the run has no such adapter, or the target exists, is in the run folder or cannot be written.
     ModelError
         If the base cannot be loaded, or is not of the Llama architecture.
     """
@@ -119,14 +138,14 @@ def export_gguf(folder: Path, target: Path, *, quantization: str = "f16", site: 
     config = settings_of(run)
     # said before minutes of merging
     require_llama(load_model_config(config.model))
-    _require_free(target)
-    model, tokenizer = merged_model(folder, site=site), load_tokenizer(config.model)
+    _require_free(target, run)
     name = config.model.called.rpartition("/")[2]
-    target.mkdir(parents=True, exist_ok=True)
-    file = target / f"{name}-{quantization}.gguf"
-    write_gguf(model, tokenizer, file, name=name, quantization=quantization)
-    run_card(run, target, form="gguf", file=file.name, site=site)
-    return file
+    file = f"{name}-{quantization}.gguf"
+    with written_whole(target) as fresh:
+        model, tokenizer = merged_model(folder, site=site), load_tokenizer(config.model)
+        write_gguf(model, tokenizer, fresh / file, name=name, quantization=quantization)
+        run_card(run, fresh, form="gguf", file=file, site=site)
+    return target / file
 
 
 def merged_model(folder: Path, *, site: str = "") -> PreTrainedModel:
@@ -194,9 +213,15 @@ def require_pair(folder: Path, data: DataSettings, pair: str) -> None:
         raise ConfigError(f"{folder}: the recipe {what}.")
 
 
-def _require_free(target: Path) -> None:
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+def _require_free(target: Path, run: RunFolder) -> None:
+    try:
+        taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    except OSError as error:
+        raise RunError(f"{target}: cannot be written ({error.strerror}); choose another folder.") from None
+    if taken:
         raise RunError(f"{target}: exists already; choose another folder.")
+    if target.resolve().is_relative_to(run.path.resolve()):
+        raise RunError(f"{target}: is inside the run folder; choose another folder.")
 
 
 def answer(
@@ -255,14 +280,16 @@ def answer(
 
 
 def _adapter_dir(run: RunFolder, site: str) -> Path:
-    if load_config(run).federation.mode == "base":
+    config = load_config(run)
+    if config.federation.mode == "base":
         raise RunError(f"{run.path}: the untuned base was measured and nothing trained; there is no adapter.")
+    if not any(event["event"] == "run_finished" for event in read_events(run)):
+        # what is there may be half written
+        raise RunError(f"{run.path}: no finished adapter yet; go on with run.resume={run.path}")
+    if not site and make_rule(config).about.personal:
+        raise RunError(f"{run.path}: every site has an adapter of its own; name one with --site.")
     source = run.site_dir(site) / "adapter" if site else run.adapter_dir
     if not source.is_dir():
-        what = (
-            f"no adapter of site '{site}'"
-            if site
-            else f"no finished adapter yet; go on with run.resume={run.path}"
-        )
-        raise RunError(f"{run.path}: {what}")
+        what = f"no adapter of site '{site}'" if site else "the adapter is gone; restore it from a backup"
+        raise RunError(f"{run.path}: {what}.")
     return source

@@ -15,6 +15,7 @@ from fedllm.errors import FedllmError, MismatchError, RunError, WireError
 from fedllm.federation.exchange import Peer, Reply
 from fedllm.federation.records import Notes, numbers, pack, text, whole
 from fedllm.federation.run import ServerRun, counted
+from fedllm.privacy.policy import SITE_NAMES, names_a_site
 from fedllm.runs.events import append_event
 from fedllm.training.spec import basis_from_seed
 
@@ -150,6 +151,8 @@ def _require_fitting(run: ServerRun, hello: _Hello, connected: Set[int], *, simu
     name, rank = hello.name, hello.rank
     if not name:
         raise MismatchError("the site sent no name")
+    if not names_a_site(name):
+        raise MismatchError(f"the name that the site sent cannot name one: {SITE_NAMES}")
     if name in run.peers and run.peers[name].node in connected:
         raise MismatchError(f"site {name}: another node joined under this name")
     if name in run.peers and hello.ledger_tag != run.tags[name]:

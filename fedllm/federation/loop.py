@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 from flwr.serverapp import Grid
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fedllm.adapters import METHODS
 from fedllm.adapters.export import save_peft_adapter, save_state
@@ -40,6 +40,7 @@ from fedllm.federation.site_privacy import book_release, private_outcome
 from fedllm.federation.sketches import second_stage, sketch_update
 from fedllm.runs.checkpoints import Checkpoint, checkpoint_digest, save_checkpoint
 from fedllm.runs.events import CURVE, INTERVAL, QUALITY, append_event
+from fedllm.runs.folder import atomic_write
 from fedllm.runs.metrics import write_metrics
 
 MEASURED = (*QUALITY, "epsilon")
@@ -423,4 +424,4 @@ def _export(run: ServerRun) -> None:
         name, folded = run.config.model.called, run.folded.factors()
         save_peft_adapter(run.state, run.basis, folder, base_model=name, folded=folded)
     if run.basis is not None and run.spec.basis.startswith("shipped:"):
-        save_file(run.basis.tensors, folder / BASIS_FILE)
+        atomic_write(folder / BASIS_FILE, save(run.basis.tensors))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from fedllm.adapters.state import AdapterSpec, AdapterState
 from fedllm.errors import RunError, WireError
 from fedllm.runs.checkpoints import KEEP_EVERY
+from fedllm.runs.folder import atomic_write
 
 _KEEP = 4
 
@@ -63,11 +64,14 @@ class SiteMemory:
 
         Those of later rounds go: they belong to rounds that a resume has given up. Of the earlier ones
         stay all that the server may go on from: it keeps its newest checkpoints and every tenth.
+
+        Raises
+        ------
+        RunError
+            If it cannot be written.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{name}.tmp"
-        save_file({key: np.array(value) for key, value in state.tensors.items()}, temporary)
-        temporary.replace(self._path(name, round))
+        tensors = {key: np.array(value) for key, value in state.tensors.items()}
+        atomic_write(self._path(name, round), save(tensors))
         found = self._rounds(name)
         held = [kept for kept in found if kept <= round]
         last_of_ten = {(kept - 1) // KEEP_EVERY: kept for kept in held}.values()

@@ -95,19 +95,21 @@ def _work(config: Config, folder: RunFolder, grid: Grid, *, resume: bool) -> Run
     except BaseException as error:
         if run is not None:
             run.tracking.close(finished=False)
-        _record_failure(folder, error)
+        _record_failure(folder, error, begun=run is not None)
         raise
     finally:
         _write_pages(folder)
     return folder
 
 
-def _record_failure(folder: RunFolder, error: BaseException) -> None:
+def _record_failure(folder: RunFolder, error: BaseException, *, begun: bool) -> None:
     reason = str(error) if isinstance(error, FedllmError) else f"{type(error).__name__}: {error}"
     if isinstance(error, KeyboardInterrupt | SystemExit):
         reason = "interrupted"
+    if begun:
+        reason += f" (resume with run.resume={folder.path})"
     try:
-        append_event(folder, "run_failed", reason=f"{reason} (resume with run.resume={folder.path})")
+        append_event(folder, "run_failed", reason=reason)
         if not isinstance(error, FedllmError):
             (folder.path / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
     except (OSError, RunError):

@@ -47,7 +47,14 @@ def draw_runs(*, candidates: int, mean: float) -> list[int]:
     """Return the candidate of every run: their number is geometric on 1, 2, ..., each is drawn uniformly.
 
     The number must not depend on records, and is kept from those who get the adapter.
+
+    Raises
+    ------
+    ConfigError
+        If the mean is not a finite number.
     """
+    if not math.isfinite(mean):
+        raise ConfigError(f"--mean: {mean} runs cannot be expected; give a finite number, such as 3.")
     generator = SecureGenerator()
     first = float(generator.uniform(1)[0])
     count = 1 if mean <= 1 else 1 + math.floor(math.log1p(-first) / math.log1p(-1 / mean))

@@ -14,6 +14,10 @@ from fedllm.settings import PrivacySettings
 
 #: Rows of metrics.csv and tables that are not sites.
 RESERVED = ("federation", "all sites")
+#: What to do about a name that cannot be a site's.
+SITE_NAMES = "use at most 64 letters, digits, blanks, '.', '_' and '-', and none of the words " + ", ".join(
+    RESERVED
+)
 _PATHS = ("data_path", "heldout_path", "private_heldout_path", "public_path", "state_dir", "model_path")
 
 
@@ -168,6 +172,11 @@ class SitePolicy:
             )
 
 
+def names_a_site(name: str) -> bool:
+    """Return whether a name can be a site's: a folder's name, a cell of every table, and no reserved word."""
+    return re.fullmatch(r"\w[\w .-]{0,63}", name) is not None and name not in RESERVED
+
+
 def load_policy(path: Path) -> SitePolicy:
     """Read a policy file; relative paths in it are taken from its folder.
 
@@ -193,11 +202,8 @@ def load_policy(path: Path) -> SitePolicy:
             raise ConfigError(f"{path}: {key} needs a value of type {kind}.")
     if not values.get("site"):
         raise ConfigError(f"{path}: the key 'site' (the site's name in the run) is missing.")
-    if not re.fullmatch(r"\w[\w .-]{0,63}", values["site"]) or values["site"] in RESERVED:
-        raise ConfigError(
-            f"{path}: site = '{values['site']}' cannot name a site: use at most 64 letters, digits, blanks, "
-            f"'.', '_' and '-', and none of the words {', '.join(RESERVED)}."
-        )
+    if not names_a_site(values["site"]):
+        raise ConfigError(f"{path}: site = '{values['site']}' cannot name a site: {SITE_NAMES}.")
     if values.get("public_units", 0) < 0:
         raise ConfigError(f"{path}: public_units must not be below 0.")
     if values.get("heldout_path") and values.get("private_heldout_path"):

@@ -10,12 +10,15 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
+
+from safetensors import SafetensorError
 
 from fedllm.config import Config, read_toml
 from fedllm.errors import ConfigError, RunError
@@ -191,6 +194,42 @@ def atomic_write(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise write_error(path, error) from None
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Give a folder to write into, and make it the target once all is in it; else nothing is left.
+
+    Parameters
+    ----------
+    target : Path
+        A folder that is empty or not there.
+
+    Raises
+    ------
+    RunError
+        If it cannot be made or written.
+    """
+    # what exists may be a mount point, which nothing can be renamed to
+    exists = target.is_dir()
+    temporary = (target if exists else target.parent) / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if exists:
+            for path in temporary.iterdir():
+                path.rename(target / path.name)
+        else:
+            temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        # a full disk is an error of its own to safetensors
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        reason = (said or "input/output error").lower()
+        raise RunError(
+            f"{target}: cannot be written: {reason}. Free some space or choose another folder."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_error(path: Path, error: OSError) -> RunError:

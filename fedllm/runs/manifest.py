@@ -20,6 +20,8 @@ from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, atomic_write, load_config
 
 PACKAGES = ("fedllm", "torch", "flwr", "transformers", "peft", "opacus", "dp-accounting", "numpy")
+#: What every manifest has, of whatever version.
+_ALWAYS = {"time", "versions", "config_sha256", "simulated", "data"}
 
 
 def versions() -> dict[str, str]:
@@ -100,7 +102,7 @@ def read_manifest(folder: RunFolder) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         raise RunError(f"{folder.manifest_file}: not a readable manifest; restore or remove it.") from None
-    if not isinstance(manifest, dict):
+    if not isinstance(manifest, dict) or not manifest.keys() >= _ALWAYS:
         raise RunError(f"{folder.manifest_file}: not a manifest; restore or remove it.")
     return manifest
 

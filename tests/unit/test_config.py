@@ -116,6 +116,13 @@ def test_bad_files_and_words_are_named(tmp_path: Path) -> None:
     assert parse_overrides(["a.b=x y", "c.d=true", "e.f=[1]"]) == {"a.b": "x y", "c.d": True, "e.f": "[1]"}
 
 
+@pytest.mark.parametrize("text", ["1e3", "1.10", "true", "007", '"1.10"', "2026-01-01"])
+def test_a_text_stays_as_it_was_written(text: str) -> None:
+    values = parse_overrides([f"run.dir={text}", f"data.label={text}"])
+    config = Config.from_flat(values)
+    assert config.run.dir == config.data.label == text.strip('"')
+
+
 def test_every_recipe_that_ships_is_valid() -> None:
     recipes = sorted((ROOT / "recipes").rglob("*.toml"))
     assert len(recipes) >= 3

@@ -12,6 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedllm.cli.app import app
+from fedllm.cli.launch import Launch
+from fedllm.cli.runs import _settings
+from fedllm.errors import RunError
+from fedllm.resources import find_recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -67,6 +71,7 @@ FILE = ["demo/smoke", "--engine", "process", "data.source=file", "data.partition
     ("words", "message"),
     [
         (["demo/nothing"], "no such recipe"),
+        (["n" * 300], "no such recipe"),
         (["demo/smoke", "trainlr=1"], "unknown setting 'trainlr'"),
         (["demo/smoke", "train.lr"], "not of the form key=value"),
         (["demo/smoke", "adapter.rank=0"], "adapter.rank: must be at least 1"),
@@ -167,3 +172,45 @@ def test_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
     checked = fedllm("check", "demo/smoke", *words, cwd=tmp_path)
     assert checked.returncode == 0, checked.stderr
     assert "[INST] {text} [/INST]" in checked.stdout
+
+
+@pytest.mark.parametrize("engine", ["simulation", "process"])
+def test_records_that_cannot_be_read_are_refused_before_anything_starts(tmp_path: Path, engine: str) -> None:
+    words = ["run", *FILE, "--engine", engine, "data.path=none.csv", "run.dir=out"]
+    done = fedllm(*words, cwd=tmp_path, FEDLLM_HOME=str(tmp_path / "home"))
+    assert done.returncode == 2
+    assert "none.csv" in done.stderr
+    assert "resume" not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "home" / "flwr").exists()
+
+
+def test_a_finished_run_is_not_resumed_and_a_home_is_expanded(tmp_path: Path) -> None:
+    done = fedllm(
+        "run", "demo/smoke", "--engine", "process", "federation.rounds=1", f"run.dir={tmp_path}/run"
+    )
+    assert done.returncode == 0, done.stderr
+    again = fedllm("run", "demo/smoke", "run.resume=~/run", HOME=str(tmp_path))
+    assert again.returncode == 2
+    assert "this run is finished" in again.stderr.replace("\n", " ")
+    assert "go on with" not in again.stdout
+
+
+def test_every_path_of_a_recipe_is_kept_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    recipe = find_recipe("demo/smoke")
+    words = ["run.dir=out", "adapter.basis_path=public.csv", "data.path=~/rows.csv", "data.source=file"]
+    values, folder, _ = _settings(recipe, [*words, "data.partition=iid", "adapter.basis=public-gradient"])
+    assert (values["adapter.basis_path"], values["data.path"]) == (
+        str(tmp_path / "public.csv"),
+        str(tmp_path / "home" / "rows.csv"),
+    )
+    assert values["run.dir"] == str(folder) == str(tmp_path / "out")
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FEDLLM_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(RunError, match=r"Not a directory.*; set FEDLLM_HOME to a folder you may write to"):
+        Launch({}, sites=1, parallel=1, offline=True)

@@ -113,10 +113,12 @@ def test_runs_what_is_missing_skips_what_is_finished_and_reruns_what_changed(
     assert "adapter.rank=6 'adapter.targets=\"q_proj\"'" in listed.output
     changed = compare(file, "--only", "Fed-SB r=8", "--seeds", "2")
     assert changed.exit_code == 0, changed.output
-    assert "[1/1] all, Fed-SB r=8, seed 2: anew, its settings changed (adapter.rank: 8, now 6)" in (
-        changed.output
+    assert (
+        "[1/1] all, Fed-SB r=8, seed 2: anew, its settings changed (adapter.rank: 8, now 6); "
+        "the old run is kept as 2.1" in changed.output
     )
     after = stamps(folder)
+    assert after["all/fed-sb-r-8/2.1"] == before["all/fed-sb-r-8/2"]
     assert [name for name in runs if after[name] != before[name]] == ["all/fed-sb-r-8/2"]
 
 

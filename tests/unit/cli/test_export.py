@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 from gguf import GGUFReader
+from safetensors import SafetensorError
 
+from fedllm.adapters import export as adapter_files
+from fedllm.adapters.export import load_state, save_state
 from fedllm.cli.runs import export
 from fedllm.config import Config
 from fedllm.errors import ConfigError, ModelError, RunError
-from fedllm.federation.generate import export_adapter, export_gguf, export_merged
+from fedllm.federation.classify import classify
+from fedllm.federation.generate import answer, export_adapter, export_gguf, export_merged
 from fedllm.federation.inprocess import run as run_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -45,8 +50,14 @@ def change(run: Path, target: Path, **settings: str) -> Path:
     config = Config.from_toml(run / "config.toml").replace(**settings)
     target.mkdir()
     (target / "adapter").symlink_to(run / "adapter")
+    (target / "events.jsonl").symlink_to(run / "events.jsonl")
     (target / "config.toml").write_text(config.to_toml())
     return target
+
+
+def copied(run: Path, target: Path) -> Path:
+    """Return a copy of a run's folder that a test may damage."""
+    return Path(shutil.copytree(run, target))
 
 
 def test_a_hub_out_of_reach_costs_the_upload_and_not_the_export(finished: Path, tmp_path: Path) -> None:
@@ -110,3 +121,74 @@ def test_nothing_exported_names_a_folder_of_this_machine(finished: Path, tmp_pat
     for file in (file for file in (tmp_path / "out").rglob("*") if file.is_file()):
         for path in (home, str(finished.parent), str(ROOT)):
             assert path.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_neither_exported_nor_used(finished: Path, tmp_path: Path, file: str) -> None:
+    run = copied(finished, tmp_path / "run")
+    path = run / "adapter" / file
+    path.write_bytes(path.read_bytes()[:-7])
+    for use in (
+        lambda: export_adapter(run, tmp_path / "out"),
+        lambda: export_merged(run, tmp_path / "out"),
+        lambda: classify(run, "A grocer"),
+        lambda: answer(run, "A grocer", max_new_tokens=2),
+    ):
+        with pytest.raises(RunError, match=f"{file} is missing or damaged"):
+            use()
+    path.unlink()
+    with pytest.raises(RunError, match=f"{file} is missing or damaged"):
+        export_adapter(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_unfinished_run_left_is_not_exported(finished: Path, tmp_path: Path) -> None:
+    run = copied(finished, tmp_path / "run")
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    (run / "events.jsonl").write_text("".join(line for line in lines if "run_finished" not in line))
+    with pytest.raises(RunError, match=f"no finished adapter yet; go on with run.resume={run}"):
+        export_adapter(run, tmp_path / "out")
+
+
+FULL = SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def full(*args: Any, **kwargs: Any) -> None:
+    raise FULL
+
+
+@pytest.mark.parametrize("write", [export_adapter, export_merged, export_gguf])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_export_leaves_nothing_and_can_be_tried_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, existing: bool
+) -> None:
+    target = tmp_path / "out"
+    if existing:
+        target.mkdir()
+    with monkeypatch.context() as patch:
+        # the card comes last
+        patch.setattr("fedllm.federation.generate.run_card", full)
+        with pytest.raises(RunError, match=r"out: cannot be written: .*no space left on device"):
+            write(finished, target)
+    assert list(tmp_path.rglob("*")) == ([target] if existing else [])
+    write(finished, target)
+    assert "README.md" in {path.name for path in target.iterdir()}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_is_said_of_an_adapter(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, seed = load_state(finished / "adapter")
+    monkeypatch.setattr(adapter_files, "save_file", full)
+    with pytest.raises(RunError, match=r"the adapter could not be written .*No space left on device"):
+        save_state(state, tmp_path / "adapter", seed=seed)
+
+
+@pytest.mark.parametrize("write", [export_adapter, export_merged, export_gguf])
+def test_a_target_that_cannot_be_is_refused(finished: Path, tmp_path: Path, write: Any) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file/sub: cannot be written: not a directory"):
+        write(finished, tmp_path / "file" / "sub")
+    with pytest.raises(RunError, match="is inside the run folder; choose another folder"):
+        write(finished, finished / "adapter" / "out")

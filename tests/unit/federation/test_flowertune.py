@@ -233,7 +233,7 @@ def test_wrong_input_is_refused(
         evaluate_run(tmp_path / "nothing", ["fpb"], mode="fixed")
     unfinished = tmp_path / "unfinished"
     shutil.copytree(run, unfinished)
-    shutil.rmtree(unfinished / "adapter")
+    (unfinished / "events.jsonl").unlink()
     with pytest.raises(RunError, match="no finished adapter yet"):
         evaluate_run(unfinished, ["fpb"], mode="fixed")
     with pytest.raises(RunError, match="no adapter of site 'north'"):

@@ -235,6 +235,17 @@ def test_no_site_takes_anothers_name(federate: Any, events: Any) -> None:
     assert "another node joined under this name" in warning["text"]
 
 
+def test_a_name_that_no_policy_could_have_is_refused(federate: Any, events: Any) -> None:
+    def tamper(message: Message, reply: Message) -> Message:
+        if kind(message) == "query.hello" and site_of(reply) == "site-2":
+            return changed(message, reply, site="a[/b]")
+        return reply
+
+    folder = federate(tamper, federation__rounds=1)
+    assert "cannot name one: use at most 64 letters" in events(folder, "warning")[0]["text"]
+    assert [event["site"] for event in events(folder, "site_joined")] == ["site-0", "site-1"]
+
+
 def test_no_site_speaks_for_anothers_ledger(federate: Any) -> None:
     def tamper(message: Message, reply: Message) -> Message:
         if kind(message) == "query.hello":

@@ -53,6 +53,12 @@ def test_the_number_of_runs_is_geometric_and_every_candidate_is_as_likely() -> N
     assert shares == pytest.approx([1 / 3] * 3, abs=0.03)
 
 
+@pytest.mark.parametrize("mean", [float("nan"), float("inf")])
+def test_the_mean_is_a_finite_number(mean: float) -> None:
+    with pytest.raises(ConfigError, match="--mean: .* give a finite number"):
+        draw_runs(candidates=2, mean=mean)
+
+
 def test_a_choice_costs_more_than_a_run_and_less_than_all_of_them() -> None:
     spend = Spend(noise_multiplier=1.0, sample_rate=0.01, steps=100)
     one = cross_check([spend], delta=1e-5)["RDP"]

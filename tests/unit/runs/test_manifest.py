@@ -70,7 +70,7 @@ def test_without_git_there_is_no_commit(monkeypatch) -> None:
     assert module._commit() == ""
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\udcff"])
 def test_damaged_manifest_is_named(make_run, text: str) -> None:
     folder = make_run()
     folder.manifest_file.write_bytes(text.encode("utf-8", "surrogateescape"))
