@@ -15,6 +15,7 @@ from fedllm.models.load import CLASSES, is_head
 from fedllm.models.pooling import reads_pooler, require_linear_head
 from fedllm.models.quiet import quiet
 
+_POSITIONS = "max_position_embeddings"
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -104,6 +105,24 @@ def count_parameters(config: PretrainedConfig, kind: str = "causal") -> int:
     model = _without_weights(config, kind)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_positions(config: PretrainedConfig, kind: str = "causal") -> int | None:
+    """Return how many tokens of a text the model has positions for; None where its config sets no limit."""
+    text = config.get_text_config()
+    values = text.to_dict()
+    positions = values.get(text.attribute_map.get(_POSITIONS, _POSITIONS))
+    if not positions:
+        return None
+    # RoBERTa and its kin count positions from behind that of padding
+    unused = [
+        module.padding_idx + 1
+        for path, module in _without_weights(config, kind).named_modules()
+        if isinstance(module, nn.Embedding)
+        and path.endswith("position_embeddings")
+        and module.padding_idx is not None
+    ]
+    return int(positions) - max(unused, default=0)
 
 
 def _without_weights(config: PretrainedConfig, kind: str) -> PreTrainedModel:

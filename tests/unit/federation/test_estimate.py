@@ -109,6 +109,34 @@ def test_prompts_beyond_a_models_window_are_not_scored(tmp_path: Path) -> None:
     check_recipe(Config.from_flat(values | {"data.task": "generate"}))
 
 
+@pytest.mark.parametrize(
+    ("model", "longest", "settings"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 64}, 64, {}),
+        # positions start behind the padding token's
+        ({"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1}, 64, {}),
+        ({"model_type": "gpt2", "n_positions": 64}, 64, {}),
+        (MODELS["mistral-7b"] | {"max_position_embeddings": 64}, 64, {}),
+        ({"model_type": "gpt2", "n_positions": 64}, 60, {"adapter.method": "prompt", "adapter.rank": 4}),
+        (
+            {"model_type": "gpt2", "n_positions": 64},
+            54,
+            {"data.task": "generate", "evaluation.generate": True, "evaluation.max_new_tokens": 10},
+        ),
+    ],
+)
+def test_texts_beyond_a_models_positions_are_refused(
+    model: dict[str, Any], longest: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    values = {"model.path": str(tmp_path), "data.source": "file", "data.labels": "a | b"} | settings
+    if model["model_type"] in ("bert", "roberta"):
+        values["model.kind"] = "encoder"
+    with pytest.raises(ConfigError, match=rf"train.max_length={longest + 1}.*: the model has 64 positions"):
+        check_recipe(Config.from_flat(values | {"train.max_length": longest + 1}))
+    check_recipe(Config.from_flat(values | {"train.max_length": longest}))
+
+
 def test_layers_computed_again_need_less_memory(tmp_path: Path) -> None:
     plain = settings("mistral-7b", tmp_path, train__micro_batch=8, train__max_length=512)
     again = plain.replace(train__gradient_checkpointing=True)
