@@ -9,6 +9,7 @@ import re
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedllm.errors import ConfigError, ModelError
 from fedllm.models.load import CLASSES, is_head
@@ -105,6 +106,19 @@ def count_parameters(config: PretrainedConfig, kind: str = "causal") -> int:
     model = _without_weights(config, kind)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_quantised(config: PretrainedConfig, kind: str = "causal") -> int:
+    """Return the number of weights that bitsandbytes quantises: linear layers', the head's not among them."""
+    model = _without_weights(config, kind)
+    head = model.get_output_embeddings() if kind == "causal" else None
+    return sum(
+        module.weight.numel()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not (kind == "encoder" and is_head(path))
+    )
 
 
 def count_positions(config: PretrainedConfig, kind: str = "causal") -> int | None:

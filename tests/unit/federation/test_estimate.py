@@ -145,6 +145,34 @@ def test_layers_computed_again_need_less_memory(tmp_path: Path) -> None:
     assert estimate(plain).memory_mib - estimate(again).memory_mib == pytest.approx(saved, abs=1)
 
 
+def test_memory_of_a_quantised_base(tmp_path: Path) -> None:
+    plain = settings("mistral-7b", tmp_path, model__dtype="bfloat16")
+    plain = plain.replace(adapter__method="lora", strategy__name="fedit")
+    four = plain.replace(model__quantization="4bit")
+    # q and o, k and v, three of the feed-forward part; embedding, head and activations stay in 16 bit
+    linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    saved = linear * (2 - 0.6) / 2**20
+    assert estimate(plain).memory_mib - estimate(four).memory_mib == pytest.approx(saved, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "heads", "sides"),
+    [("fed-sb", "fed-sb", 1, "BA"), ("ravan", "ravan", 2, "BA"), ("ffa", "ffa", 1, "A")],
+)
+def test_memory_of_frozen_matrices(
+    method: str, strategy: str, heads: int, sides: str, tmp_path: Path
+) -> None:
+    small = settings("mistral-7b", tmp_path, model__dtype="bfloat16", adapter__targets="o_proj")
+    small = small.replace(adapter__method=method, strategy__name=strategy, adapter__heads=heads)
+    small = small.replace(adapter__rank=64)
+    large = small.replace(adapter__rank=128)
+    frozen = 32 * 64 * heads * 4096 * len(sides) * (2 + 4)
+    # values, gradient and AdamW's two moments, and the sum over a batch
+    trained = (estimate_bytes(large).trained - estimate_bytes(small).trained) * (16 + 4)
+    found = estimate(large).memory_mib - estimate(small).memory_mib
+    assert found == pytest.approx((frozen + trained) / 2**20, abs=1)
+
+
 def test_the_docs_hold_the_catalogue(tmp_path: Path) -> None:
     page = ROOT / "docs" / "methods.md"
     copy = tmp_path / "methods.md"
