@@ -222,7 +222,7 @@ def _check_model_and_adapter(config: Config) -> None:
     if config.model.kind == "encoder":
         if data.task != "classify":
             raise ConfigError(f"model.kind=encoder classifies; data.task={data.task} needs a causal model.")
-        if not data.labels and data.source in ("file", "hub"):
+        if not data.labels.strip("| ") and (data.labels or data.source in ("file", "hub")):
             raise ConfigError(
                 "data.labels: an encoder's head has one row a label, and server and sites have to agree on "
                 "them; list all labels separated by |."

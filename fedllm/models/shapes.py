@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.models.load import CLASSES, is_head
+from fedllm.models.load import CLASSES, LOADING_ERRORS, is_head
 from fedllm.models.pooling import reads_pooler, require_linear_head
 from fedllm.models.quiet import quiet
 
@@ -147,6 +147,11 @@ def _without_weights(config: PretrainedConfig, kind: str) -> PreTrainedModel:
         what = "a causal language model" if kind == "causal" else "an encoder with a classification head"
         raise ModelError(
             f"model: a {config.model_type} is not {what}. Choose another model.name or model.kind."
+        ) from error
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            f"model: its config.json describes no {config.model_type} ({type(error).__name__}: {error}). "
+            "Copy the whole model folder again."
         ) from error
     return model
 

@@ -120,10 +120,15 @@ def _epsilon(events: _Events, delta: float, grid: float, relation: str) -> float
 def _fits(events: _Events, grid: float) -> bool:
     """Return whether the composed losses fit into memory, by how far they scatter."""
     return all(
-        sigma >= _LEAST / 2 and math.sqrt(steps * rate) / sigma / sigma <= _WIDEST * grid
+        sigma >= _LEAST / 2 and _width(sigma, rate, steps) <= _WIDEST * grid
         for (sigma, rate, *_), steps in events
         if sigma
     )
+
+
+def _width(sigma: float, rate: float, steps: int) -> float:
+    # without sampling all steps are one Gaussian, whose losses are wide as their mean
+    return (steps if rate >= 1 else math.sqrt(steps * rate)) / sigma / sigma
 
 
 def _compose(accountant: dp_accounting.PrivacyAccountant, events: _Events, delta: float) -> float:
@@ -177,7 +182,7 @@ def calibrate(
         return math.log(max(reached(math.exp(log_sigma)), 1e-9) / target)
 
     # no smaller one than fits; its epsilon would be in the thousands
-    low = max(0.2, (steps * sample_rate) ** 0.25 / (_WIDEST * _COARSE) ** 0.5)
+    low = max(0.2, math.sqrt(_width(1.0, sample_rate, steps) / (_WIDEST * _COARSE)) * (1 + 1e-9))
     high = 2 * low
     while reached(high) > target:
         low, high = high, 2 * high
