@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from fedllm.config import Config
     from fedllm.settings import PrivacySettings, SitePrivacySettings
 
+#: Most noised steps of a run, so that its accounting takes less than a minute and 2 GB.
+MOST_STEPS = 100_000
+
 
 def require_together(config: Config) -> None:
     """Refuse combinations that cannot hold, each with the reason.
@@ -25,6 +28,13 @@ def require_together(config: Config) -> None:
     privacy, data, federation = config.privacy, config.data, config.federation
     if privacy.enabled:
         _require_one_budget("privacy", privacy)
+        pooled = federation.drawn if federation.mode == "central" else 1
+        steps = federation.rounds * config.train.local_steps * pooled
+        if steps > MOST_STEPS:
+            raise ConfigError(
+                f"federation.rounds x train.local_steps: {steps:,} private steps at a site cannot be "
+                f"accounted for; {MOST_STEPS:,} at most."
+            )
         if not 0 < privacy.delta < 1:
             raise ConfigError(f"privacy.delta: must lie between 0 and 1, got {privacy.delta}.")
         if privacy.batch_cap and privacy.relation != "zero-out-one":
@@ -139,6 +149,11 @@ def _check_site_privacy(config: Config) -> None:
     if not sites.enabled:
         return
     _require_one_budget("site_privacy", sites)
+    if config.federation.rounds > MOST_STEPS:
+        raise ConfigError(
+            f"federation.rounds={config.federation.rounds}: so many releases cannot be accounted for; "
+            f"{MOST_STEPS:,} at most."
+        )
     if not (0 < sites.delta < 1 and sites.quantile < 1):
         raise ConfigError("site_privacy: delta and quantile must lie below 1, delta above 0.")
     if config.strategy.weighting == "examples":
@@ -207,7 +222,7 @@ def _check_model_and_adapter(config: Config) -> None:
     if config.model.kind == "encoder":
         if data.task != "classify":
             raise ConfigError(f"model.kind=encoder classifies; data.task={data.task} needs a causal model.")
-        if not data.labels and data.source in ("file", "hub"):
+        if not data.labels.strip("| ") and (data.labels or data.source in ("file", "hub")):
             raise ConfigError(
                 "data.labels: an encoder's head has one row a label, and server and sites have to agree on "
                 "them; list all labels separated by |."

@@ -128,7 +128,7 @@ def read_toml(path: str | Path) -> dict[str, Scalar]:
     """
     file = Path(path)
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        tables = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such recipe. `fedllm ls` shows the ones that ship.") from None
     except (IsADirectoryError, PermissionError) as error:
@@ -176,7 +176,10 @@ def _unknown(key: str, known: Iterable[str]) -> str:
 def _coerce(key: str, value: Scalar, known: dataclasses.Field[Scalar]) -> Scalar:
     kind: type[Scalar] = type(known.default)  # type: ignore[assignment]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{key}: an integer of that many digits is too large.") from None
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -203,7 +206,7 @@ def site_ranks(config: Config) -> tuple[int, ...]:
         If ``adapter.site_ranks`` is not a list of numbers from 1 to ``adapter.rank``.
     """
     words = [word.strip() for word in config.adapter.site_ranks.split(",") if word.strip()]
-    if not all(word.isdigit() and 1 <= int(word) <= config.adapter.rank for word in words):
+    if not all(word.isdecimal() and 1 <= int(word) <= config.adapter.rank for word in words):
         raise ConfigError(
             f"adapter.site_ranks: '{config.adapter.site_ranks}' must be numbers from 1 to "
             f"adapter.rank={config.adapter.rank}, separated by commas."

@@ -270,7 +270,9 @@ class PrivacySettings:
     """Record-level differential privacy of what a site releases."""
 
     enabled: bool = setting(False, "train with DP-SGD")
-    epsilon: float = setting(0.0, "budget over all rounds; give this or noise_multiplier", minimum=0)
+    epsilon: float = setting(
+        0.0, "budget over all rounds; give this or noise_multiplier", minimum=0, maximum=100
+    )
     delta: float = setting(1e-5, "must be below 1/n at every site", minimum=0, maximum=1)
     clipping_norm: float = setting(
         1.0, "largest norm of one record's (or unit's) gradient", minimum=1e-9, maximum=1e9
@@ -302,7 +304,9 @@ class SitePrivacySettings:
     """Differential privacy of whole sites; a second, separate promise."""
 
     enabled: bool = setting(False, "clip each site's change and add noise to their mean")
-    epsilon: float = setting(0.0, "budget over all rounds; give this or noise_multiplier", minimum=0)
+    epsilon: float = setting(
+        0.0, "budget over all rounds; give this or noise_multiplier", minimum=0, maximum=100
+    )
     delta: float = setting(1e-5, "for whole sites", minimum=0, maximum=1)
     noise_multiplier: float = setting(0.0, "noise deviation over clipping norm", minimum=0)
     clipping_norm: float = setting(

@@ -88,6 +88,10 @@ class FedSB(LoraFamily):
         return seeded_basis(spec.shapes, rank=spec.rank, heads=spec.heads, seed=seed)
 
     @override
+    def frozen_size(self, spec: AdapterSpec) -> int:
+        return self.inner_rank(spec) * sum(out + into for out, into in spec.shapes.values())
+
+    @override
     def prepare(
         self,
         layer: LoraLayer,

@@ -40,6 +40,10 @@ class FfaLora(LoraFamily):
         return kaiming_basis(spec.shapes, rank=spec.rank, seed=seed)
 
     @override
+    def frozen_size(self, spec: AdapterSpec) -> int:
+        return spec.rank * sum(into for _, into in spec.shapes.values())
+
+    @override
     def prepare(
         self,
         layer: LoraLayer,

@@ -81,6 +81,10 @@ class AdapterMethod(ABC):
         """Return the frozen matrices drawn from a seed."""
         return Basis(up={}, down={})
 
+    def frozen_size(self, spec: AdapterSpec) -> int:
+        """Return how many numbers the frozen matrices hold."""
+        return 0
+
     def start(self, spec: AdapterSpec, seed: str) -> dict[str, Matrix]:
         """Return the adapter matrices at which the model is the base, from shapes alone."""
         return {key: np.zeros(shape, np.float32) for key, shape in self.shapes(spec).items()}

@@ -84,7 +84,7 @@ def read_comparison(file: Path, *, seeds: str = "") -> Comparison:
 
 def _load(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; `fedllm compare --help` shows one.") from None
     except OSError as error:

@@ -18,12 +18,13 @@ from fedllm.federation.shares import training_shares
 from fedllm.federation.site import training_config
 from fedllm.models.dtype import base_dtype
 from fedllm.models.load import load_config
-from fedllm.models.shapes import count_parameters
+from fedllm.models.shapes import count_parameters, count_quantised
 from fedllm.privacy.accounting import epsilon
 from fedllm.privacy.plan import PrivacyPlan, whole_run
 from fedllm.training.spec import adapter_spec
 from fedllm.wire import encode
 
+#: Of a quantised layer, its scales included.
 _BYTES_A_WEIGHT = {"4bit": 0.6, "8bit": 1.1}
 
 
@@ -65,7 +66,7 @@ class Estimate(BytesEstimate):
     Attributes
     ----------
     memory_mib : int
-        Weights, adapter, optimiser and one micro-batch's activations of one site, roughly.
+        Weights, adapter, frozen matrices, optimiser and one micro-batch's activations of one site, roughly.
     sites : tuple[SiteEstimate, ...]
         Those that train: one where records are pooled, none for the untuned base or where the records are
         known at real sites alone.
@@ -184,9 +185,11 @@ def _site(config: Config, data: SiteData, *, makes_basis: bool) -> SiteEstimate:
 
 
 def _memory(config: Config, trained: int) -> int:
-    whole = load_config(config.model)
-    model = whole.get_text_config()
-    size = _BYTES_A_WEIGHT.get(config.model.quantization, float(base_dtype(config.model).itemsize))
+    whole, kind = load_config(config.model), config.model.kind
+    model, size = whole.get_text_config(), base_dtype(config.model).itemsize
+    weights = float(size * count_parameters(whole, kind))
+    if config.model.quantization != "none":
+        weights -= (size - _BYTES_A_WEIGHT[config.model.quantization]) * count_quantised(whole, kind)
     # a preference is two rows
     rows = config.train.micro_batch * (2 if config.train.objective == "dpo" else 1)
     tokens = rows * config.train.max_length
@@ -194,7 +197,10 @@ def _memory(config: Config, trained: int) -> int:
     # computed again, their inputs stay, and all of one layer's
     layers = model.num_hidden_layers
     kept = 34 + layers if config.train.gradient_checkpointing else 34 * layers
-    activations = kept * tokens * model.hidden_size * min(size, 4.0)
+    activations = kept * tokens * model.hidden_size * size
     per_example = 4 * trained * (rows if config.privacy.enabled else 1)
-    fixed = count_parameters(whole, config.model.kind) * size + 16 * trained + 600 * 2**20
-    return round(float(fixed + per_example + activations) / 2**20)
+    spec = adapter_spec(as_run(config))
+    # the model's copy, and the float32 one that the process keeps
+    frozen = (size + 4) * METHODS[spec.method].frozen_size(spec)
+    fixed = weights + frozen + 16 * trained + 600 * 2**20
+    return round((fixed + per_example + activations) / 2**20)

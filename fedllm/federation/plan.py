@@ -8,6 +8,7 @@ from fedllm.config import Config
 from fedllm.errors import ConfigError
 from fedllm.federation.makebasis import WITH_CORE
 from fedllm.models.load import load_config
+from fedllm.models.shapes import count_positions
 from fedllm.runs.tracking import require_trackers
 from fedllm.training.spec import adapter_spec
 from fedllm.wire import is_lossless, parse_codec
@@ -31,6 +32,7 @@ def check_recipe(config: Config) -> None:
     require_trackers(config)
     require_promises(config)
     _require_start(config)
+    _require_positions(config)
     if config.data.labelled and config.model.kind == "causal":
         _require_window(config)
 
@@ -50,6 +52,21 @@ def as_run(config: Config) -> Config:
         strategy__server_lr=0.0,
         wire__codec="float32",
         wire__codec_down="float32",
+    )
+
+
+def _require_positions(config: Config) -> None:
+    """Refuse texts longer than the positions a model has, or has learnt."""
+    limit = count_positions(load_config(config.model), config.model.kind)
+    written = config.evaluation.max_new_tokens if config.evaluation.generate else 0
+    virtual = config.adapter.rank if config.adapter.method == "prompt" else 0
+    if limit is None or config.train.max_length + written + virtual <= limit:
+        return
+    parts = [f"train.max_length={config.train.max_length}"]
+    parts += [f"evaluation.max_new_tokens={written}"] if written else []
+    parts += [f"adapter.rank={virtual} virtual tokens"] if virtual else []
+    raise ConfigError(
+        f"{' + '.join(parts)}: the model has {limit} positions; use {limit} tokens at most in all."
     )
 
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from fedllm.errors import ModelError, PrivacyError
 from fedllm.models.dtype import base_dtype
+from fedllm.models.pooling import reads_pooler
 from fedllm.models.pull import pull
 from fedllm.models.quiet import quiet
 from fedllm.models.registry import EMBEDDED
@@ -34,7 +35,9 @@ from fedllm.settings import ModelSettings
 LOADING_ERRORS = (
     OSError,
     ValueError,
-    KeyError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
     TypeError,
     RuntimeError,
     SafetensorError,
@@ -165,13 +168,17 @@ def load_base(model: ModelSettings, *, labels: int = 0) -> PreTrainedModel:
             **options,
         )
     base: PreTrainedModel = loaded[0]
-    missing = sorted(key for key in loaded[1]["missing_keys"] if not is_head(key))
+    absent = [key for key in loaded[1]["missing_keys"] if not is_head(key)]
+    missing = sorted(key for key in absent if not (model.pooling == "mean" and reads_pooler(key)))
     if missing:
         raise ModelError(
             f"{source}: the weights lack {len(missing)} of the model's matrices, first '{missing[0]}'. "
             "They would be random. Copy the whole model folder again."
         )
     base.requires_grad_(False)
+    for key in absent:
+        # a pooler that computes nothing: its random numbers would differ between sites
+        base.get_parameter(key).zero_()
     if model.quantization != "none":
         _prepare_quantised(base)
     base.eval()
@@ -279,16 +286,17 @@ def _explained(source: Path | str, part: str) -> Iterator[None]:
         yield
     except LOADING_ERRORS as error:
         raise ModelError(
-            _hub_message(source) if isinstance(source, str) else _folder_message(source, part, error)
+            _hub_message(source, error) if isinstance(source, str) else _folder_message(source, part, error)
         ) from error
 
 
-def _hub_message(name: str) -> str:
+def _hub_message(name: str, error: Exception) -> str:
     near = difflib.get_close_matches(name, EMBEDDED, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return (
         f"model.name: '{name}' is not an embedded model ({', '.join(EMBEDDED)}) and could not be loaded "
-        f"from the Hugging Face hub (no network, no such name, no access, or no safetensors).{hint} "
+        f"from the Hugging Face hub (no network, no such name, no access, or no safetensors): "
+        f"{_shortened(error)}.{hint} "
         "Without a network set model.path (at a real site: model_path in its policy) to a folder with "
         "config.json, weights and tokenizer."
     )
@@ -299,7 +307,11 @@ def _folder_message(folder: Path, part: str, error: Exception) -> str:
         remedy = f"Remove the folder and run `fedllm models pull {folder.name}`."
     else:
         remedy = "Copy the whole model folder again: config.json, *.safetensors and the tokenizer's files."
-    reason = " ".join(str(error).split()[:40]) or type(error).__name__
+    reason = _shortened(error)
     if "ignore_mismatched_sizes" in reason:
         reason = "their shapes are not those config.json asks for"
     return f"{folder}: {part} cannot be loaded ({reason}). {remedy}"
+
+
+def _shortened(error: Exception) -> str:
+    return " ".join(str(error).split()[:40]).rstrip(".") or type(error).__name__

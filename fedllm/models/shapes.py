@@ -9,12 +9,14 @@ import re
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedllm.errors import ConfigError, ModelError
-from fedllm.models.load import CLASSES, is_head
+from fedllm.models.load import CLASSES, LOADING_ERRORS, is_head
 from fedllm.models.pooling import reads_pooler, require_linear_head
 from fedllm.models.quiet import quiet
 
+_POSITIONS = "max_position_embeddings"
 LAYER_INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -106,6 +108,37 @@ def count_parameters(config: PretrainedConfig, kind: str = "causal") -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def count_quantised(config: PretrainedConfig, kind: str = "causal") -> int:
+    """Return the number of weights that bitsandbytes quantises: linear layers', the head's not among them."""
+    model = _without_weights(config, kind)
+    head = model.get_output_embeddings() if kind == "causal" else None
+    return sum(
+        module.weight.numel()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not (kind == "encoder" and is_head(path))
+    )
+
+
+def count_positions(config: PretrainedConfig, kind: str = "causal") -> int | None:
+    """Return how many tokens of a text the model has positions for; None where its config sets no limit."""
+    text = config.get_text_config()
+    values = text.to_dict()
+    positions = values.get(text.attribute_map.get(_POSITIONS, _POSITIONS))
+    if not positions:
+        return None
+    # RoBERTa and its kin count positions from behind that of padding
+    unused = [
+        module.padding_idx + 1
+        for path, module in _without_weights(config, kind).named_modules()
+        if isinstance(module, nn.Embedding)
+        and path.endswith("position_embeddings")
+        and module.padding_idx is not None
+    ]
+    return int(positions) - max(unused, default=0)
+
+
 def _without_weights(config: PretrainedConfig, kind: str) -> PreTrainedModel:
     try:
         with quiet(), torch.device("meta"):
@@ -114,6 +147,11 @@ def _without_weights(config: PretrainedConfig, kind: str) -> PreTrainedModel:
         what = "a causal language model" if kind == "causal" else "an encoder with a classification head"
         raise ModelError(
             f"model: a {config.model_type} is not {what}. Choose another model.name or model.kind."
+        ) from error
+    except LOADING_ERRORS as error:
+        raise ModelError(
+            f"model: its config.json describes no {config.model_type} ({type(error).__name__}: {error}). "
+            "Copy the whole model folder again."
         ) from error
     return model
 

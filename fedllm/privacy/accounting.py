@@ -30,6 +30,8 @@ _FINE, _COARSE = 1e-4, 1e-3
 _LEAST = 0.02
 #: Up to as many steps the coarse grid's error is below 0.1 % of an epsilon of 1 and more.
 _FEW_STEPS = 2000
+#: Widest grid of composed losses, in their deviations: some 2 GB.
+_WIDEST = 2e6
 # fractional orders below 2 converge slowly, and the bound stays one without them
 _ORDERS = [*(2 + step / 5 for step in range(41)), *range(11, 65), 80, 96, 128, 192, 256, 512]
 #: Largest probability that a batch is cut, as a share of delta.
@@ -82,7 +84,8 @@ def epsilon(spends: Iterable[Spend], *, delta: float, relation: str = ADD_OR_REM
     # the coarser grid is an upper bound too, a tenth of the work, and here at most 0.1 % looser
     coarse = _epsilon(events, delta, _COARSE, relation)
     capped = any(event[2] for event, _ in events)
-    if capped or (coarse >= 1 and sum(steps for _, steps in events) <= _FEW_STEPS):
+    few = coarse >= 1 and sum(steps for _, steps in events) <= _FEW_STEPS
+    if capped or few or not _fits(events, _FINE):
         return coarse
     return _epsilon(events, delta, _FINE, relation)
 
@@ -104,8 +107,28 @@ def _epsilon(events: _Events, delta: float, grid: float, relation: str) -> float
         raise PrivacyError(
             f"a cap on batches is accounted under the relation {ZERO_OUT} alone (privacy.relation)."
         )
+    if not _fits(events, grid):
+        least, steps = min((sigma, steps) for (sigma, *_), steps in events if sigma)
+        raise PrivacyError(
+            f"a noise multiplier of {least:g} over {steps} steps protects nothing, and its accounting would "
+            f"not fit into memory; give {_LEAST} or more, and more for many steps."
+        )
     accountant = pld.PLDAccountant(RELATIONS[relation], value_discretization_interval=grid)
     return _compose(accountant, events, delta)
+
+
+def _fits(events: _Events, grid: float) -> bool:
+    """Return whether the composed losses fit into memory, by how far they scatter."""
+    return all(
+        sigma >= _LEAST / 2 and _width(sigma, rate, steps) <= _WIDEST * grid
+        for (sigma, rate, *_), steps in events
+        if sigma
+    )
+
+
+def _width(sigma: float, rate: float, steps: int) -> float:
+    # without sampling all steps are one Gaussian, whose losses are wide as their mean
+    return (steps if rate >= 1 else math.sqrt(steps * rate)) / sigma / sigma
 
 
 def _compose(accountant: dp_accounting.PrivacyAccountant, events: _Events, delta: float) -> float:
@@ -115,12 +138,6 @@ def _compose(accountant: dp_accounting.PrivacyAccountant, events: _Events, delta
 
 
 def _event(sigma: float, rate: float, cap: int, records: int) -> dp_accounting.DpEvent:
-    if 0 < sigma < _LEAST / 2:
-        # the accountant's grid would not fit into memory
-        raise PrivacyError(
-            f"a noise multiplier of {sigma:g} protects nothing (an epsilon of some {1 / (2 * sigma**2):.2g} "
-            f"a step); give {_LEAST} or more."
-        )
     if cap:
         return dp_accounting.TruncatedSubsampledGaussianDpEvent(records, rate, cap, sigma)
     gaussian = dp_accounting.GaussianDpEvent(sigma)
@@ -164,7 +181,9 @@ def calibrate(
     def excess(log_sigma: float) -> float:
         return math.log(max(reached(math.exp(log_sigma)), 1e-9) / target)
 
-    low, high = 0.2, 0.4
+    # no smaller one than fits; its epsilon would be in the thousands
+    low = max(0.2, math.sqrt(_width(1.0, sample_rate, steps) / (_WIDEST * _COARSE)) * (1 + 1e-9))
+    high = 2 * low
     while reached(high) > target:
         low, high = high, 2 * high
         if high > 1000:
@@ -182,10 +201,12 @@ def calibrate(
 def within(spends: Iterable[Spend], *, delta: float, limit: float, relation: str = ADD_OR_REMOVE) -> bool:
     """Return whether the epsilon of all spends is at most a limit.
 
-    The 1e-3 grid decides where it can; the 1e-4 grid is asked only where that is too loose.
+    The 1e-3 grid decides where it can; the 1e-4 grid is asked only where that is too loose, and fits.
     """
     events = _merged(spends)
-    return any(_epsilon(events, delta, grid, relation) <= limit for grid in (_COARSE, _FINE))
+    if _epsilon(events, delta, _COARSE, relation) <= limit:
+        return True
+    return _fits(events, _FINE) and _epsilon(events, delta, _FINE, relation) <= limit
 
 
 def cross_check(spends: Iterable[Spend], *, delta: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from dataclasses import dataclass, fields
@@ -14,10 +15,22 @@ from fedllm.settings import PrivacySettings
 
 #: Rows of metrics.csv and tables that are not sites.
 RESERVED = ("federation", "all sites")
+<<<<<<< HEAD
 #: What to do about a name that cannot be a site's.
 SITE_NAMES = "use at most 64 letters, digits, blanks, '.', '_' and '-', and none of the words " + ", ".join(
     RESERVED
 )
+=======
+#: Largest value of each number that is a limit; none is below 0.
+_NUMBERS = {
+    "max_epsilon": math.inf,
+    "max_delta": 1.0,
+    "min_noise_multiplier": math.inf,
+    "min_site_noise": math.inf,
+    "public_units": math.inf,
+    "max_rank": math.inf,
+}
+>>>>>>> mend-f
 _PATHS = ("data_path", "heldout_path", "private_heldout_path", "public_path", "state_dir", "model_path")
 
 
@@ -186,7 +199,7 @@ def load_policy(path: Path) -> SitePolicy:
         If the file is missing, not TOML, or holds an unknown or wrongly typed key.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such site policy (node-config policy=PATH).") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -197,15 +210,31 @@ def load_policy(path: Path) -> SitePolicy:
             raise ConfigError(f"{path}: unknown key '{key}'; known are {', '.join(known)}.")
         kind = str(known[key].type)
         if kind == "float" and type(value) is int:
-            values[key] = value = float(value)
+            try:
+                values[key] = value = float(value)
+            except OverflowError:
+                raise ConfigError(f"{path}: {key} must be a smaller number.") from None
         if type(value).__name__ != kind:
             raise ConfigError(f"{path}: {key} needs a value of type {kind}.")
     if not values.get("site"):
         raise ConfigError(f"{path}: the key 'site' (the site's name in the run) is missing.")
+<<<<<<< HEAD
     if not names_a_site(values["site"]):
         raise ConfigError(f"{path}: site = '{values['site']}' cannot name a site: {SITE_NAMES}.")
     if values.get("public_units", 0) < 0:
         raise ConfigError(f"{path}: public_units must not be below 0.")
+=======
+    if not re.fullmatch(r"\w[\w .-]{0,63}", values["site"]) or values["site"] in RESERVED:
+        raise ConfigError(
+            f"{path}: site = '{values['site']}' cannot name a site: use at most 64 letters, digits, blanks, "
+            f"'.', '_' and '-', and none of the words {', '.join(RESERVED)}."
+        )
+    for key, most in _NUMBERS.items():
+        # nan is in no range
+        if not 0 <= values.get(key, 0) <= most:
+            allowed = "not be below 0" if most == math.inf else f"lie between 0 and {most:g}"
+            raise ConfigError(f"{path}: {key} must {allowed}, got {values[key]}.")
+>>>>>>> mend-f
     if values.get("heldout_path") and values.get("private_heldout_path"):
         raise ConfigError(f"{path}: heldout_path and private_heldout_path exclude each other.")
     for key in _PATHS:

@@ -23,7 +23,7 @@ def site_limits(folder: RunFolder, names: Iterable[str]) -> dict[str, Limit]:
     limits = {}
     for name in names:
         try:
-            policy = tomllib.loads((folder.site_dir(name) / "policy.toml").read_text(encoding="utf-8"))
+            policy = tomllib.loads((folder.site_dir(name) / "policy.toml").read_text(encoding="utf-8-sig"))
             epsilon, delta = float(policy["max_epsilon"]), float(policy["max_delta"])
         except (OSError, UnicodeError, tomllib.TOMLDecodeError, KeyError, TypeError, ValueError):
             continue

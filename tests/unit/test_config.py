@@ -65,6 +65,8 @@ def test_round_trips(tmp_path: Path) -> None:
         ({"federation.quorum": 9}, "9 replies cannot come from 4 sites"),
         ({"adapter.rslora": True}, "adapter.rslora: scales by adapter.alpha, and 0 leaves the scale at 1"),
         ({"adapter.rank": 8, "adapter.site_ranks": "8,16"}, "adapter.site_ranks: '8,16' must be numbers"),
+        ({"adapter.rank": 8, "adapter.site_ranks": "²"}, "adapter.site_ranks: '²' must be numbers"),
+        ({"train.lr": 10**400}, "train.lr: an integer of that many digits is too large"),
         ({"adapter.basis": "gradient"}, "adapter.allow_private_basis=true if that is meant"),
         ({"adapter.basis": "dp-gradient"}, "needs privacy.enabled=true"),
         (
@@ -73,6 +75,7 @@ def test_round_trips(tmp_path: Path) -> None:
         ),
         ({"adapter.method": "dora", "model.quantization": "8bit"}, "loses an 8-bit base's scales"),
         ({"model.kind": "encoder", "data.source": "file"}, "data.labels: an encoder's head"),
+        ({"model.kind": "encoder", "data.source": "file", "data.labels": " |"}, "data.labels: an encoder's"),
         ({"model.kind": "encoder", "adapter.method": "prompt"}, "is for causal models"),
         ({"data.pair": "context"}, "put {pair} where its text goes"),
         ({"data.rejected": "worse"}, "train.objective=sft reads no rejected answers"),
@@ -94,6 +97,12 @@ def test_bad_settings_are_named(values: dict[str, object], message: str) -> None
     with pytest.raises(ConfigError) as caught:
         Config.from_flat(values)  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("[train]\nlr = 1.0\n", encoding="utf-8-sig")
+    assert read_toml(file) == {"train.lr": 1.0}
 
 
 def test_bad_files_and_words_are_named(tmp_path: Path) -> None:

@@ -283,6 +283,12 @@ def test_a_bad_file_is_named_in_a_line(text: str, message: str, tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
+def test_a_comparison_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text(GOOD + CELL, encoding="utf-8-sig")
+    assert read_comparison(file).seeds == (1,)
+
+
 def test_unknown_cells_seeds_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "file.toml").write_text(GOOD + CELL)
     command = [*HEAD, "file.toml", "--only", "b", "--dry-run"]

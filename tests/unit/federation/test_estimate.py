@@ -109,12 +109,68 @@ def test_prompts_beyond_a_models_window_are_not_scored(tmp_path: Path) -> None:
     check_recipe(Config.from_flat(values | {"data.task": "generate"}))
 
 
+@pytest.mark.parametrize(
+    ("model", "longest", "settings"),
+    [
+        ({"model_type": "bert", "max_position_embeddings": 64}, 64, {}),
+        # positions start behind the padding token's
+        ({"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1}, 64, {}),
+        ({"model_type": "gpt2", "n_positions": 64}, 64, {}),
+        (MODELS["mistral-7b"] | {"max_position_embeddings": 64}, 64, {}),
+        ({"model_type": "gpt2", "n_positions": 64}, 60, {"adapter.method": "prompt", "adapter.rank": 4}),
+        (
+            {"model_type": "gpt2", "n_positions": 64},
+            54,
+            {"data.task": "generate", "evaluation.generate": True, "evaluation.max_new_tokens": 10},
+        ),
+    ],
+)
+def test_texts_beyond_a_models_positions_are_refused(
+    model: dict[str, Any], longest: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    values = {"model.path": str(tmp_path), "data.source": "file", "data.labels": "a | b"} | settings
+    if model["model_type"] in ("bert", "roberta"):
+        values["model.kind"] = "encoder"
+    with pytest.raises(ConfigError, match=rf"train.max_length={longest + 1}.*: the model has 64 positions"):
+        check_recipe(Config.from_flat(values | {"train.max_length": longest + 1}))
+    check_recipe(Config.from_flat(values | {"train.max_length": longest}))
+
+
 def test_layers_computed_again_need_less_memory(tmp_path: Path) -> None:
     plain = settings("mistral-7b", tmp_path, train__micro_batch=8, train__max_length=512)
     again = plain.replace(train__gradient_checkpointing=True)
     # an input of each of 32 layers and 34 values of one, where it was 34 of each: bfloat16, 4096 wide
     saved = (34 * 32 - 34 - 32) * 8 * 512 * 4096 * 2 / 2**20
     assert estimate(plain).memory_mib - estimate(again).memory_mib == pytest.approx(saved, abs=1)
+
+
+def test_memory_of_a_quantised_base(tmp_path: Path) -> None:
+    plain = settings("mistral-7b", tmp_path, model__dtype="bfloat16")
+    plain = plain.replace(adapter__method="lora", strategy__name="fedit")
+    four = plain.replace(model__quantization="4bit")
+    # q and o, k and v, three of the feed-forward part; embedding, head and activations stay in 16 bit
+    linear = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    saved = linear * (2 - 0.6) / 2**20
+    assert estimate(plain).memory_mib - estimate(four).memory_mib == pytest.approx(saved, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "heads", "sides"),
+    [("fed-sb", "fed-sb", 1, "BA"), ("ravan", "ravan", 2, "BA"), ("ffa", "ffa", 1, "A")],
+)
+def test_memory_of_frozen_matrices(
+    method: str, strategy: str, heads: int, sides: str, tmp_path: Path
+) -> None:
+    small = settings("mistral-7b", tmp_path, model__dtype="bfloat16", adapter__targets="o_proj")
+    small = small.replace(adapter__method=method, strategy__name=strategy, adapter__heads=heads)
+    small = small.replace(adapter__rank=64)
+    large = small.replace(adapter__rank=128)
+    frozen = 32 * 64 * heads * 4096 * len(sides) * (2 + 4)
+    # values, gradient and AdamW's two moments, and the sum over a batch
+    trained = (estimate_bytes(large).trained - estimate_bytes(small).trained) * (16 + 4)
+    found = estimate(large).memory_mib - estimate(small).memory_mib
+    assert found == pytest.approx((frozen + trained) / 2**20, abs=1)
 
 
 def test_the_docs_hold_the_catalogue(tmp_path: Path) -> None:

@@ -178,7 +178,13 @@ def test_unreachable_hub_lists_the_embedded_models(monkeypatch):
     monkeypatch.setattr("fedllm.models.load.AutoConfig.from_pretrained", offline)
     with pytest.raises(ModelError) as error:
         load_config(ModelSettings(name="smollm2-135m-instrct"))
-    for part in ("tiny-llama", "minilm-l6", "Did you mean 'smollm2-135m-instruct'?", "model.path"):
+    for part in (
+        "no connection",
+        "tiny-llama",
+        "minilm-l6",
+        "Did you mean 'smollm2-135m-instruct'?",
+        "model.path",
+    ):
         assert part in str(error.value)
 
 

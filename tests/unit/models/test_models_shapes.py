@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from fedllm.models.fingerprint import architecture_fingerprint, weights_fingerpr
 from fedllm.models.load import load_base, load_config
 from fedllm.models.registry import EMBEDDED
 from fedllm.models.shapes import count_parameters, linear_shapes
+from fedllm.settings import ModelSettings
 
 LLAMA_3B = LlamaConfig(
     hidden_size=3072,
@@ -149,3 +151,20 @@ def test_weights_fingerprint_is_exact_for_a_widened_bfloat16_base(tiny):
     base = load_base(replace(tiny, dtype="bfloat16"))
     ours = weights_fingerprint(base)
     assert weights_fingerprint(base.float()) == ours
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_act": "no such function"},
+        {"hidden_act": None},
+        {"num_hidden_layers": "two"},
+        {"hidden_size": -4},
+    ],
+)
+def test_a_config_that_describes_no_model(wrong, tmp_path):
+    values = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(values | wrong))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        count_parameters(load_config(ModelSettings(path=str(tmp_path))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from transformers import (
 
 from fedllm.config import Config
 from fedllm.errors import ConfigError, ModelError
+from fedllm.models.fingerprint import weights_fingerprint
+from fedllm.models.load import load_base
 from fedllm.models.pooling import class_logits
 from fedllm.models.shapes import linear_shapes
+from fedllm.settings import ModelSettings
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -91,3 +95,15 @@ def test_a_head_of_several_maps_is_refused(config: PretrainedConfig) -> None:
 def test_a_language_model_has_no_such_head(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set model.kind=encoder"):
         Config.from_flat({"model.pooling": "mean", "run.dir": str(tmp_path)})
+
+
+def test_an_encoder_without_pooler_weights_may_be_read_by_a_mean(
+    bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    weights = {key: value for key, value in bert.state_dict().items() if ".pooler." not in key}
+    bert.save_pretrained(tmp_path, state_dict=weights)
+    settings = ModelSettings(path=str(tmp_path), kind="encoder", dtype="float32", pooling="mean")
+    prints = {weights_fingerprint(load_base(settings, labels=3).base_model) for _ in range(2)}
+    assert len(prints) == 1
+    with pytest.raises(ModelError, match=r"first 'bert\.pooler"):
+        load_base(replace(settings, pooling="model"), labels=3)

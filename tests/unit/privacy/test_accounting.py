@@ -8,7 +8,7 @@ from opacus.accountants import RDPAccountant
 from scipy.stats import binom
 
 from fedllm.config import Config
-from fedllm.errors import PrivacyError
+from fedllm.errors import ConfigError, PrivacyError
 from fedllm.privacy.accounting import (
     ADD_OR_REMOVE,
     RELATIONS,
@@ -20,6 +20,7 @@ from fedllm.privacy.accounting import (
     cross_check,
     epsilon,
     require_delta,
+    within,
 )
 from fedllm.privacy.plan import make_plan
 from fedllm.resources import recipes_dir
@@ -224,6 +225,33 @@ def test_the_literal_dp_lora_recipe_has_the_papers_noise_and_comes_to_what_its_h
 
 def test_next_to_no_noise_is_refused_before_it_fills_the_memory() -> None:
     with pytest.raises(
-        PrivacyError, match=r"a noise multiplier of 1e-06 protects nothing .* give 0.02 or more"
+        PrivacyError, match=r"a noise multiplier of 1e-06 .* protects nothing.* give 0.02 or more"
     ):
         epsilon([Spend(noise_multiplier=1e-6, sample_rate=0.1, steps=1)], delta=1e-5)
+
+
+def test_accounting_is_bounded_before_any_of_it() -> None:
+    base = {"privacy.enabled": True, "privacy.epsilon": 8.0}
+    for values in (
+        base | {"federation.rounds": 1_000_000},
+        base | {"federation.rounds": 10_000, "train.local_steps": 11},
+        base | {"federation.mode": "central", "federation.rounds": 10_000, "train.local_steps": 5},
+        base | {"privacy.epsilon": 1e300},
+        {"site_privacy.enabled": True, "site_privacy.epsilon": 1e300},
+        {"site_privacy.enabled": True, "site_privacy.epsilon": 8.0, "federation.rounds": 1_000_000},
+    ):
+        with pytest.raises(ConfigError, match="at most|between 0 and 100"):
+            Config.from_flat(values)
+    Config.from_flat(base | {"federation.rounds": 10_000, "train.local_steps": 10})
+
+
+def test_losses_too_wide_for_memory_are_refused_and_none_are_met_on_the_way_to_a_target() -> None:
+    wide = Spend(noise_multiplier=0.1, sample_rate=0.5, steps=100_000)
+    with pytest.raises(PrivacyError, match=r"0.1 over 100000 steps protects nothing"):
+        within([wide], delta=1e-5, limit=8.0)
+    # the fine grid would not fit, and the coarse one is an upper bound too
+    rough = Spend(noise_multiplier=0.5, sample_rate=0.5, steps=10_000)
+    assert not within([rough], delta=1e-5, limit=8.0)
+    assert epsilon([rough], delta=1e-5) > 1000
+    sigma = calibrate(target=100.0, delta=1e-5, sample_rate=0.9, steps=8_000)
+    assert 1 < sigma < 20

@@ -245,6 +245,13 @@ def test_policy_file_and_its_limits(tmp_path: Path) -> None:
         ('site = "federation"', "cannot name a site"),
         ('site = "../x"', "cannot name a site"),
         ("site =", "not a readable site policy"),
+        ('site = "x"\nmax_epsilon = nan', "max_epsilon must not be below 0, got nan"),
+        ('site = "x"\nmax_epsilon = -1', "max_epsilon must not be below 0, got -1"),
+        ('site = "x"\nmax_epsilon = 1' + 400 * "0", "max_epsilon must be a smaller number"),
+        ('site = "x"\nmax_delta = 2', "max_delta must lie between 0 and 1, got 2"),
+        ('site = "x"\nmin_noise_multiplier = nan', "min_noise_multiplier must not be below 0, got nan"),
+        ('site = "x"\nmin_site_noise = nan', "min_site_noise must not be below 0, got nan"),
+        ('site = "x"\nmax_rank = -1', "max_rank must not be below 0, got -1"),
     ],
 )
 def test_bad_policies_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -254,3 +261,9 @@ def test_bad_policies_are_named(tmp_path: Path, text: str, message: str) -> None
         load_policy(path)
     with pytest.raises(ConfigError, match="no such site policy"):
         load_policy(tmp_path / "none.toml")
+
+
+def test_a_policy_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text('site = "x"\nmax_epsilon = inf\n', encoding="utf-8-sig")
+    assert load_policy(path).site == "x"
