@@ -15,12 +15,10 @@ from fedllm.settings import PrivacySettings
 
 #: Rows of metrics.csv and tables that are not sites.
 RESERVED = ("federation", "all sites")
-<<<<<<< HEAD
 #: What to do about a name that cannot be a site's.
 SITE_NAMES = "use at most 64 letters, digits, blanks, '.', '_' and '-', and none of the words " + ", ".join(
     RESERVED
 )
-=======
 #: Largest value of each number that is a limit; none is below 0.
 _NUMBERS = {
     "max_epsilon": math.inf,
@@ -30,7 +28,6 @@ _NUMBERS = {
     "public_units": math.inf,
     "max_rank": math.inf,
 }
->>>>>>> mend-f
 _PATHS = ("data_path", "heldout_path", "private_heldout_path", "public_path", "state_dir", "model_path")
 
 
@@ -218,23 +215,13 @@ def load_policy(path: Path) -> SitePolicy:
             raise ConfigError(f"{path}: {key} needs a value of type {kind}.")
     if not values.get("site"):
         raise ConfigError(f"{path}: the key 'site' (the site's name in the run) is missing.")
-<<<<<<< HEAD
     if not names_a_site(values["site"]):
         raise ConfigError(f"{path}: site = '{values['site']}' cannot name a site: {SITE_NAMES}.")
-    if values.get("public_units", 0) < 0:
-        raise ConfigError(f"{path}: public_units must not be below 0.")
-=======
-    if not re.fullmatch(r"\w[\w .-]{0,63}", values["site"]) or values["site"] in RESERVED:
-        raise ConfigError(
-            f"{path}: site = '{values['site']}' cannot name a site: use at most 64 letters, digits, blanks, "
-            f"'.', '_' and '-', and none of the words {', '.join(RESERVED)}."
-        )
     for key, most in _NUMBERS.items():
         # nan is in no range
         if not 0 <= values.get(key, 0) <= most:
             allowed = "not be below 0" if most == math.inf else f"lie between 0 and {most:g}"
             raise ConfigError(f"{path}: {key} must {allowed}, got {values[key]}.")
->>>>>>> mend-f
     if values.get("heldout_path") and values.get("private_heldout_path"):
         raise ConfigError(f"{path}: heldout_path and private_heldout_path exclude each other.")
     for key in _PATHS:
