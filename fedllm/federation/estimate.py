@@ -203,4 +203,4 @@ def _memory(config: Config, trained: int) -> int:
     # the model's copy, and the float32 one that the process keeps
     frozen = (size + 4) * METHODS[spec.method].frozen_size(spec)
     fixed = weights + frozen + 16 * trained + 600 * 2**20
-    return round((fixed + per_example + activations) / 2**20)
+    return round(float(fixed + per_example + activations) / 2**20)
