@@ -158,11 +158,13 @@ def final_table(runs: Sequence[tuple[str, Sequence[Event]]]) -> Table:
     table = Table(title=f"held-out records: {titles}", title_justify="left", box=None, pad_edge=False)
     for column in ("run", "site"):
         table.add_column(column)
-    for column in ("base", "majority", "tuned", "95 %", "more", "epsilon"):
+    abroad = any(event.get("stage") == "elsewhere" for _, events in runs for event in events)
+    heads = ("base", "majority", "tuned", "95 %", *(("elsewhere",) if abroad else ()), "more", "epsilon")
+    for column in heads:
         table.add_column(column, justify="right")
     for (name, events), pair in zip(runs, pairs, strict=True):
         for site in sorted({event["site"] for event in events if event["event"] == "evaluated"}):
-            table.add_row(escape(name), escape(site), *_site_cells(site, events, pair))
+            table.add_row(escape(name), escape(site), *_site_cells(site, events, pair, abroad))
         table.add_section()
     lines = [_fairness(name, events, pair) for (name, events), pair in zip(runs, pairs, strict=True)]
     lines += sorted({_terms(events) for _, events in runs} | {_base(events) for _, events in runs})
@@ -219,7 +221,7 @@ def _base(events: Sequence[Event]) -> str:
     return "base: an encoder under an untrained head, drawn at random; compare with the majority class"
 
 
-def _site_cells(site: str, events: Sequence[Event], pair: Pair) -> list[str]:
+def _site_cells(site: str, events: Sequence[Event], pair: Pair, abroad: bool) -> list[str]:
     stages = {e["stage"]: e for e in events if e["event"] == "evaluated" and e["site"] == site}
     started = (Config.from_flat(e["config"]) for e in events if e["event"] == "run_started")
     private = any(config.private_replies for config in started)
@@ -234,6 +236,7 @@ def _site_cells(site: str, events: Sequence[Event], pair: Pair) -> list[str]:
         pair.cell(final or base, "majority_") or (absent if pair is LABELS else "-"),
         pair.cell(final) or absent,
         pair.interval(final),
+        *([pair.cell(stages.get("elsewhere", {})) or "-"] if abroad else []),
         (pair.more and pair.more.cell(final)) or "-",
         ", ".join(promises) or "none",
     ]

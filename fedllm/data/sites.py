@@ -22,6 +22,7 @@ from fedllm.settings import DataSettings
 __all__ = [
     "Example",
     "SiteData",
+    "elsewhere",
     "simulated_site",
     "simulated_sites",
     "site_from_file",
@@ -131,6 +132,28 @@ def simulated_sites(
     """Yield the shares of all simulated sites, in order; see :func:`simulated_site`."""
     for index in range(sites):
         yield simulated_site(data, sites=sites, seed=seed, index=index, fold=fold, pooled=pooled)
+
+
+def elsewhere(
+    data: DataSettings, *, sites: int, seed: int, index: int, fold: str = "test", records: int = 0
+) -> SiteData:
+    """Return the held-out records of all simulated sites but one, to judge that one's own adapter on.
+
+    Parameters
+    ----------
+    records : int
+        About how many there shall be, as many of each site and at least one (0: all).
+
+    Raises
+    ------
+    DataError
+        As :func:`simulated_site`.
+    """
+    others = sites - 1
+    each = -(-records // others) or None
+    shares = list(simulated_sites(data, sites=sites, seed=seed, fold=fold))
+    heldout = [one for share in (*shares[:index], *shares[index + 1 :]) for one in share.heldout[:each]]
+    return dataclasses.replace(shares[index], train=(), units=(), heldout=tuple(heldout))
 
 
 def site_from_file(

@@ -245,6 +245,10 @@ def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
     records = config.evaluation.final_records
     if trained:
         result |= _scores(session, tokens, site, start, records=records, final=True)
+        others = site.elsewhere()
+        if others is not None:
+            abroad = tokenise(others, config)
+            result |= _scores(session, abroad, site, start, records=0, prefix="elsewhere_", final=True)
     result |= _scores(session, tokens, site, None, records=records, prefix="base_", final=True)
     truth = tokens.heldout_labels[: records or None]
     if config.data.labelled and truth:
@@ -315,7 +319,7 @@ def _scores(
         measured |= {"calibration": list(scores.calibration)} if scores.calibration else {}
     # the perplexity of a loss that is too large for it is left out
     known = {name: value for name, value in measured.items() if value is not None and value != math.inf}
-    return {"records": scores.records} | {f"{prefix}{name}": value for name, value in known.items()}
+    return {f"{prefix}{name}": value for name, value in {"records": scores.records, **known}.items()}
 
 
 def _prepare(

@@ -25,8 +25,9 @@ def noised_accuracies(notes: Mapping[str, Note], *, noise_multiplier: float) -> 
     records, right, base = (number(notes, f"noised_{name}") for name in COUNTS)
     if records is None or right is None or base is None:
         return {}
-    found: Notes = {"records": max(0, round(records))}
+    found: Notes = {}
     for prefix, count in (("", right), ("base_", base)):
+        found[f"{prefix}records"] = max(0, round(records))
         known = noised_accuracy(records, count, deviation=noise_multiplier * len(COUNTS) ** 0.5)
         if known is not None:
             names = ("accuracy", *INTERVAL)

@@ -378,7 +378,8 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
     """Have every site compare the finished adapter with the untuned base."""
     peers: list[Peer] = [run.peers[name] for name in sorted(run.peers)]
     last, done = run.config.federation.rounds + 1, 0
-    stages = [("base", "base_"), ("final", "")][: 1 if run.config.federation.mode == "base" else 2]
+    mode = run.config.federation.mode
+    stages = {"base": "base_"} | ({} if mode == "base" else {"final": ""})
     contents = [(peer, pack(notes, parts)) for peer, notes, parts in run.messages(peers, last)]
     replies = counted(run, grid, contents, stage="evaluation", kind="evaluate", round=last)
     run.weights = run.weights or common_weights(replies)
@@ -390,13 +391,14 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
             notes = reply.notes | noised_accuracies(
                 reply.notes, noise_multiplier=run.config.evaluation.noise_multiplier
             )
-            for stage, prefix in stages:
+            alone = {"elsewhere": "elsewhere_"} if "elsewhere_records" in notes and mode == "local" else {}
+            for stage, prefix in (stages | alone).items():
                 append_event(
                     run.folder,
                     "evaluated",
                     stage=stage,
                     site=reply.peer.name,
-                    records=int(number(notes, "records") or 0),
+                    records=int(number(notes, f"{prefix}records") or 0),
                     majority_accuracy=number(notes, "majority_accuracy"),
                     majority_macro_f1=number(notes, "majority_macro_f1"),
                     calibration=amounts(notes, f"{prefix}calibration", length=CURVE),

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context
 
 from fedllm.config import Config, site_ranks
-from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
+from fedllm.data.sites import SiteData, elsewhere, simulated_site, site_from_file, site_names
 from fedllm.errors import BudgetError, DataError, PrivacyError
 from fedllm.federation.memory import SiteMemory
 from fedllm.privacy.ledger import Ledger
@@ -71,6 +71,23 @@ class Site:
             seed=self.config.run.seed,
             fold=self.config.evaluation.fold,
             lenient=self.config.privacy.enabled,
+        )
+
+    def elsewhere(self) -> SiteData | None:
+        """Return other sites' held-out records to judge this site's own adapter on.
+
+        None unless sites are simulated and train each alone: real ones have no records but their own.
+        """
+        config = self.config
+        if not self.simulated or config.federation.mode != "local" or config.federation.sites < 2:
+            return None
+        return elsewhere(
+            config.data,
+            sites=config.federation.sites,
+            seed=config.run.seed,
+            index=self.index,
+            fold=config.evaluation.fold,
+            records=config.evaluation.final_records,
         )
 
     def ledger(self) -> Ledger:

@@ -65,9 +65,7 @@ RELEASES: dict[str, Release] = {
     "data": Release("simulated", "fingerprint of the records"),
     **dict.fromkeys(
         (
-            "records",
-            *_METRICS,
-            *(f"base_{name}" for name in _METRICS),
+            *(f"{stage}{name}" for stage in ("", "base_", "elsewhere_") for name in ("records", *_METRICS)),
             "majority_accuracy",
             "majority_macro_f1",
         ),

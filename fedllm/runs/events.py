@@ -117,8 +117,9 @@ EVENTS: Mapping[str, Mapping[str, Kind]] = MappingProxyType(
     }
 )
 
-#: Values allowed for ``evaluated.stage``: the base model alone, and with the finished adapter.
-STAGES = ("base", "final")
+#: Values allowed for ``evaluated.stage``: the base model alone, with the finished adapter, and, where
+#: simulated sites train each alone, a site's own adapter on the records of the other sites.
+STAGES = ("base", "final", "elsewhere")
 
 
 def append_event(folder: RunFolder, event: str, **fields: object) -> None:

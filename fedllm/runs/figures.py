@@ -13,7 +13,7 @@ from fedllm.runs.outcomes import SCALARS, Outcome, Scores
 
 #: Columns of a stage, after its name.
 _SCORES = (*METRICS, "worst", "gap")
-_STAGES = ("tuned", "base", "majority")
+_STAGES = ("tuned", "base", "majority", "elsewhere")
 #: What says which run a line is of.
 Key = tuple[str, str, int]
 
@@ -24,7 +24,7 @@ def figures_csv(outcomes: Sequence[Outcome]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["group", "method", "seed", *(f"{s}_{n}" for s in _STAGES for n in _SCORES), *SCALARS])
     for run in outcomes:
-        scores = (run.tuned, run.base, run.majority)
+        scores = (run.tuned, run.base, run.majority, run.elsewhere)
         found = [value for score in scores for value in (*score.means.values(), score.worst, score.gap)]
         writer.writerow([run.group, run.method, run.seed, *found, *(getattr(run, name) for name in SCALARS)])
     return text.getvalue()
@@ -72,7 +72,7 @@ def _outcome(row: Mapping[str, str], key: Key, base_name: str) -> Outcome:
         means = {name: number(f"{stage}_{name}") for name in METRICS}
         return Scores(means=means, worst=number(f"{stage}_worst"), gap=number(f"{stage}_gap"))
 
-    tuned, base, majority = map(scores, _STAGES)
+    tuned, base, majority, elsewhere = map(scores, _STAGES)
     group, method, seed = key
     return Outcome(
         group=group,
@@ -81,6 +81,7 @@ def _outcome(row: Mapping[str, str], key: Key, base_name: str) -> Outcome:
         tuned=tuned,
         base=base,
         majority=majority,
+        elsewhere=elsewhere,
         bytes_up=float(row["bytes_up"]),
         bytes_down=float(row["bytes_down"]),
         bytes_total=int(row["bytes_total"]),

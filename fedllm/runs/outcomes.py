@@ -27,8 +27,10 @@ BASELINES = {
 }
 #: Where private runs have other held-out records than the rest: they drop no repeated one.
 PRIVATE_MAJORITY = "majority class, private runs"
+#: Sites that train each alone, each one's adapter judged on the records of the others.
+ELSEWHERE = "local only, elsewhere"
 #: What is a line in the picture and no method; encoders have a base of another name.
-LINES = (*BASELINES.values(), UNTRAINED_HEAD, PRIVATE_MAJORITY)
+LINES = (*BASELINES.values(), UNTRAINED_HEAD, PRIVATE_MAJORITY, ELSEWHERE)
 SCALARS = ("bytes_up", "bytes_down", "bytes_total", "epsilon", "sites_epsilon", "seconds")
 
 
@@ -57,8 +59,9 @@ class Outcome:
 
     Attributes
     ----------
-    tuned, base, majority : Scores
-        With the finished adapter, of the untuned base, and of each site's majority class.
+    tuned, base, majority, elsewhere : Scores
+        With the finished adapter, of the untuned base, of each site's majority class, and, where each trains
+        alone, of its adapter at the other sites.
     bytes_up, bytes_down : float
         What a site sends and gets in a round, mean over sites and rounds.
     bytes_total : int
@@ -79,6 +82,7 @@ class Outcome:
     tuned: Scores
     base: Scores
     majority: Scores
+    elsewhere: Scores
     bytes_up: float
     bytes_down: float
     bytes_total: int
@@ -149,6 +153,7 @@ def read_outcome(folder: RunFolder, *, group: str, method: str, seed: int, metri
         tuned=_scores(events, "final", metric),
         base=_scores(events, "base", metric),
         majority=_scores(events, "final", metric, prefix="majority_"),
+        elsewhere=_scores(events, "elsewhere", metric),
         bytes_up=mean(reply["bytes_up"] for reply in replies) or 0.0,
         bytes_down=mean(reply["bytes_down"] for reply in replies) or 0.0,
         bytes_total=sum(event["bytes_up"] + event["bytes_down"] for event in counted),
@@ -218,6 +223,9 @@ def make_rows(
                 if method not in LINES or name == "seconds"
             }
             rows.append(_row(group, method, [run.tuned for run in runs], **spent, **means))
+            abroad = _by_seed((run.seed, run.elsewhere) for run in runs)
+            if abroad:
+                rows.append(_row(group, ELSEWHERE, list(abroad.values()), **spent))
     return rows
 
 

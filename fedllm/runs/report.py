@@ -84,6 +84,7 @@ def render_report(
     config = as_told(config, events)
     withheld = metrics_withheld(config)
     absent = WITHHELD if withheld else UNKNOWN
+    kinds = _kinds(config, sites)
     untrained = config.federation.mode == "base"
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE).render(
@@ -96,9 +97,12 @@ def render_report(
         plots=round_charts(config, rounds),
         rounds_note=rounds_note(config, rounds),
         no_rounds="None: this is a baseline." if untrained else "No reply has arrived yet.",
-        columns=_columns(config),
-        sites=[{"name": site.name, "cells": _cells(site, config, absent)} for site in sites],
-        feet=[{"name": "All sites", "cells": _cells(total(sites), config, absent)}, *_ends(sites, config)],
+        columns=_columns(config, kinds),
+        sites=[{"name": site.name, "cells": _cells(site, config, kinds, absent)} for site in sites],
+        feet=[
+            {"name": "All sites", "cells": _cells(total(sites), config, kinds, absent)},
+            *_ends(sites, config, kinds),
+        ],
         calibration=calibration_rows(config, sites),
         base_head=_base_head(config),
         reliability=reliability_chart(config, events),
@@ -153,9 +157,9 @@ def _tiles(
     return tiles
 
 
-def _columns(config: Config) -> list[tuple[str, tuple[str, ...]]]:
+def _columns(config: Config, kinds: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     """Return each metric's head and what is shown of it."""
-    heads = tuple(_base_head(config) if kind == "base" else kind for kind in _kinds(config))
+    heads = tuple(_base_head(config) if kind == "base" else kind for kind in kinds)
     return [(f"{metric.title[0].upper()}{metric.title[1:]}", heads) for metric in judged_by(config).values()]
 
 
@@ -163,13 +167,14 @@ def _base_head(config: Config) -> str:
     return "base" if base_name(config) == UNTUNED_BASE else base_name(config)
 
 
-def _cells(site: SiteSummary, config: Config, absent: str) -> list[str]:
-    cells = []
+def _cells(site: SiteSummary, config: Config, kinds: Sequence[str], absent: str) -> list[str]:
+    cells: list[str] = []
     for place, (name, metric) in enumerate(judged_by(config).items()):
-        values = [vars(site)[kind][name] for kind in _kinds(config)]
-        cells += [absent if value is None else metric.text(value) for value in values]
+        values = {kind: vars(site)[kind][name] for kind in kinds}
+        texts = {kind: absent if value is None else metric.text(value) for kind, value in values.items()}
         if place == 0 and site.interval is not None:
-            cells[-1] += " ({:.0f} to {:.0f})".format(*(metric.scale * end for end in site.interval))
+            texts["final"] += " ({:.0f} to {:.0f})".format(*(metric.scale * end for end in site.interval))
+        cells += texts.values()
     return [
         *cells,
         absent if site.records is None else f"{site.records:,}",
@@ -180,24 +185,26 @@ def _cells(site: SiteSummary, config: Config, absent: str) -> list[str]:
     ]
 
 
-def _ends(sites: Sequence[SiteSummary], config: Config) -> list[dict[str, Any]]:
+def _ends(sites: Sequence[SiteSummary], config: Config, kinds: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of the worst site and of the gap, with :func:`_cells`' columns; none for one site."""
     worst, gap = [], []
     for name, metric in judged_by(config).items():
-        for kind in _kinds(config):
+        for kind in kinds:
             known = {site.name: vars(site)[kind][name] for site in sites}
             found = spread(known, best=metric.best)
             worst.append("" if found is None else metric.text(found.worst))
             gap.append("" if found is None else metric.number(found.gap))
     if not any(worst):
         return []
-    rest = [""] * (len(_cells(total(sites), config, "")) - len(worst))
+    rest = [""] * (len(_cells(total(sites), config, kinds, "")) - len(worst))
     return [{"name": "Worst site", "cells": worst + rest}, {"name": "Gap", "cells": gap + rest}]
 
 
-def _kinds(config: Config) -> tuple[str, ...]:
+def _kinds(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
     """Return what is shown of each metric: fields of :class:`SiteSummary`."""
-    return (("majority",) if config.data.labelled else ()) + ("base", "final")
+    majority = ("majority",) if config.data.labelled else ()
+    alone = any(value is not None for site in sites for value in site.elsewhere.values())
+    return (*majority, "base", "final", *(("elsewhere",) if alone else ()))
 
 
 def _traffic_rows(events: Sequence[Event]) -> list[tuple[str, str, str]]:
@@ -225,6 +232,8 @@ def _sites_note(config: Config, *, withheld: bool) -> str:
         "Worst site and gap: the least good value of a site, and how far the best is from it. "
         "All sites: means of metrics, sums of counts and bytes"
     )
+    if config.federation.mode == "local":
+        text = f"Elsewhere: a site's own adapter on held-out records of the other sites. {text}"
     if config.data.labelled:
         kind = "letter" if config.data.task == "choose" else "label"
         text = f"Majority: always answering a site's most frequent {kind}. {text}"

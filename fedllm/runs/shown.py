@@ -38,12 +38,13 @@ def shown_values(metrics: RoundMetrics) -> dict[str, float]:
 def final_values(events: Iterable[Event]) -> dict[str, float]:
     """Return the final evaluation's means over sites: ``final/loss``, and ``base/loss`` without the adapter.
 
-    What the sites withheld or did not measure is absent.
+    ``elsewhere/loss`` is that of sites' own adapters at the other sites, where each trains alone. What the
+    sites withheld or did not measure is absent.
     """
     mean = total(site_summaries(events))
     return {
         f"{stage}/{name}": value
-        for stage, scores in (("final", mean.final), ("base", mean.base))
+        for stage, scores in (("final", mean.final), ("base", mean.base), ("elsewhere", mean.elsewhere))
         for name, value in scores.items()
         if value is not None
     }

@@ -22,6 +22,8 @@ class SiteSummary:
     ----------
     base, final : Mapping[str, float or None]
         The untuned base's and the finished adapter's metrics, by the names in `QUALITY`.
+    elsewhere : Mapping[str, float or None]
+        Those of a site's own adapter on the records of the other sites, where each trains alone.
     majority : Mapping[str, float or None]
         Those of always answering the site's most frequent label.
     interval : tuple[float, float] or None
@@ -34,6 +36,7 @@ class SiteSummary:
     majority: Scores
     base: Scores
     final: Scores
+    elsewhere: Scores
     interval: tuple[float, float] | None
     records: int | None
     epsilon: float | None
@@ -74,6 +77,7 @@ def site_summaries(events: Iterable[Event]) -> list[SiteSummary]:
             asked=asked.get(name, set()),
             base=evaluated.get((name, "base"), {}),
             final=evaluated.get((name, "final"), {}),
+            elsewhere=evaluated.get((name, "elsewhere"), {}),
         )
         for name in names
     ]
@@ -87,6 +91,7 @@ def total(sites: Sequence[SiteSummary]) -> SiteSummary:
         majority=_means(MAJORITY, (site.majority for site in sites)),
         base=_means(QUALITY, (site.base for site in sites)),
         final=_means(QUALITY, (site.final for site in sites)),
+        elsewhere=_means(QUALITY, (site.elsewhere for site in sites)),
         interval=None,
         records=sum(records) if records else None,
         epsilon=_largest(site.epsilon for site in sites),
@@ -145,7 +150,7 @@ def _means(names: Sequence[str], scores: Iterable[Scores]) -> dict[str, float | 
 
 
 def _summary(
-    name: str, replies: Sequence[Event], *, asked: set[int], base: Event, final: Event
+    name: str, replies: Sequence[Event], *, asked: set[int], base: Event, final: Event, elsewhere: Event
 ) -> SiteSummary:
     either = {**base, **{key: value for key, value in final.items() if value is not None}}
     low, high = (final.get(key) for key in INTERVAL)
@@ -154,6 +159,7 @@ def _summary(
         majority={metric: either.get(f"majority_{metric}") for metric in MAJORITY},
         base={metric: base.get(metric) for metric in QUALITY},
         final={metric: final.get(metric) for metric in QUALITY},
+        elsewhere={metric: elsewhere.get(metric) for metric in QUALITY},
         interval=None if low is None or high is None else (low, high),
         records=either.get("records"),
         epsilon=largest_epsilon([*replies, final]),

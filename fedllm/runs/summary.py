@@ -157,6 +157,7 @@ def _helped(config: Config, events: Sequence[Event], sites: Sequence[SiteSummary
             if (measured := better + equal + worse)
         ),
         *_fairness(sites, metric, name),
+        *_elsewhere(mean, metric, name),
         *_chance(sites, metric),
     )
 
@@ -169,6 +170,13 @@ def _fairness(sites: Sequence[SiteSummary], metric: Metric, name: str) -> tuple[
         f"The worst site is {found.site} with {metric.text(found.worst)}, "
         f"{metric.distance(found.gap)} from the best.",
     )
+
+
+def _elsewhere(mean: SiteSummary, metric: Metric, name: str) -> tuple[str, ...]:
+    value = mean.elsewhere[name]
+    if value is None:
+        return ()
+    return (f"At the other sites, on records unlike its own, a site's model has {metric.text(value)}.",)
 
 
 def _chance(sites: Sequence[SiteSummary], metric: Metric) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedllm.data.heldout import split
 from fedllm.data.records import Example, normalised
-from fedllm.data.sites import SiteData, simulated_site, site_from_file, site_names
+from fedllm.data.sites import SiteData, elsewhere, simulated_site, site_from_file, site_names
 from fedllm.data.sources import load_records
 from fedllm.errors import ConfigError, DataError
 from fedllm.settings import DataSettings
@@ -258,6 +258,18 @@ def test_what_is_held_out_at_one_site_trains_at_none(tmp_path: Path) -> None:
     assert not set().union(*(texts(s.train) for s in shares)) & set().union(
         *(texts(s.heldout) for s in shares)
     )
+
+
+@pytest.mark.parametrize(("records", "each"), [(0, 99), (5, 3), (1, 1), (99, 50)])
+def test_elsewhere_are_as_many_records_of_each_other_site(records: int, each: int, tmp_path: Path) -> None:
+    path = tmp_path / "wards.csv"
+    rows = "".join(f"{ward} {i},{'xy'[i % 2]},{ward}\n" for ward in "abc" for i in range(40))
+    path.write_text("text,label,ward\n" + rows)
+    data = replace(FILE, path=str(path), partition="column", site="ward", heldout=0.3)
+    found = elsewhere(data, sites=3, seed=1, index=1, records=records)
+    shares = [simulated_site(data, sites=3, seed=1, index=index) for index in range(3)]
+    assert found.heldout == shares[0].heldout[:each] + shares[2].heldout[:each]
+    assert (found.name, found.train, found.units, found.labels) == ("b", (), (), shares[1].labels)
 
 
 def test_site_names() -> None:

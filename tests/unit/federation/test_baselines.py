@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fedllm.adapters.export import load_state
 from fedllm.cli.comparison import read_comparison
 from fedllm.cli.jobs import plan
+from fedllm.cli.tables import final_table
 from fedllm.config import Config, read_toml
+from fedllm.data.sites import simulated_site
 from fedllm.federation.estimate import estimate_bytes
 from fedllm.federation.inprocess import run_values
 from fedllm.federation.plan import as_run
 from fedllm.federation.site import training_config
+from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.manifest import config_digest, read_manifest
+from fedllm.training.round import evaluate
+from fedllm.training.session import open_session, tokenise
+from fedllm.training.spec import basis_from_seed
 
 SOME: dict[str, Any] = {"federation__sites": 4, "federation__sites_per_round": 2}
 FEDIT = {"strategy__name": "fedit", "adapter__method": "lora"}
@@ -60,6 +68,41 @@ def test_sites_alone_train_in_every_round_however_many_a_federation_would_draw(
         left, right = (matrices(folder.site_dir(site) / "adapter") for folder in (few, every))
         assert same(left, right)
         assert all(value.any() for value in left.values())
+
+
+def test_a_sites_own_adapter_is_judged_on_the_records_of_the_others_too(federate: Any, events: Any) -> None:
+    folder = federate(dir="alone", federation__mode="local", evaluation__final_records=5, train__lr=0.1)
+    found = {event["site"]: event for event in events(folder, "evaluated") if event["stage"] == "elsewhere"}
+    config = load_config(folder)
+    shares = [simulated_site(config.data, sites=3, seed=config.run.seed, index=index) for index in range(3)]
+    for index, name in enumerate(site.name for site in shares):
+        state = load_state(folder.site_dir(name) / "adapter")[0]
+        session = open_session(config, state.spec, basis_from_seed(state.spec))
+        # 5 records of two sites: 3 of each
+        others = [one for other in shares if other.name != name for one in other.heldout[:3]]
+        tokens = tokenise(replace(shares[index], heldout=tuple(others)), config)
+        scores = evaluate(session, tokens, config=config, state=state, records=0)
+        assert scores is not None
+        assert found[name]["records"] == 6
+        assert found[name]["loss"] == pytest.approx(scores.loss)
+        assert found[name]["accuracy"] == pytest.approx(scores.accuracy)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(final_table([("alone", read_events(folder))]))
+    assert "elsewhere" in capture.get()
+    assert "At the other sites, on records unlike its own" in folder.report_file.read_text()
+    together = federate(dir="together")
+    assert {event["stage"] for event in events(together, "evaluated")} == {"base", "final"}
+
+
+def test_a_private_site_tells_of_other_sites_records_only_where_those_are_public(
+    federate: Any, events: Any
+) -> None:
+    private = {"privacy__enabled": True, "privacy__epsilon": 6.0, "privacy__delta": 1e-4}
+    for public in (False, True):
+        folder = federate(dir=str(public), federation__mode="local", **private, data__heldout_public=public)
+        stages = {event["stage"] for event in events(folder, "evaluated") if event["loss"] is not None}
+        assert stages == ({"base", "final", "elsewhere"} if public else set())
 
 
 @pytest.mark.parametrize(("some", "steps"), [({}, 12), ({"federation.sites_per_round": 2}, 6)])

@@ -124,7 +124,7 @@ def test_a_curve_of_another_form_is_no_curve(curve: Any) -> None:
 
 
 def test_the_release_list_names_every_metric_and_nothing_of_a_record() -> None:
-    for prefix in ("", "base_"):
+    for prefix in ("", "base_", "elsewhere_"):
         for name in (*QUALITY, *INTERVAL, "calibration"):
             assert RELEASES[f"{prefix}{name}"].treatment == "public"
             with pytest.raises(PrivacyError):

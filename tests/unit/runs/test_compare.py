@@ -49,6 +49,7 @@ def finished(make_run: MakeRun, reply: Callable[..., None]) -> Finished:
         sent: int = 100,
         epsilon: float | None = None,
         metric: str = "accuracy",
+        elsewhere: float | None = None,
         **settings: str,
     ) -> Outcome:
         folder = make_run(f"{group}-{method}-{seed}", **settings)
@@ -66,6 +67,8 @@ def finished(make_run: MakeRun, reply: Callable[..., None]) -> Finished:
         for site, gap in (("s0", -0.1), ("s1", 0.1)):
             evaluated(folder, site, "base", None if accuracy is None else 0.3)
             evaluated(folder, site, "final", None if accuracy is None else accuracy + gap)
+            if elsewhere is not None:
+                evaluated(folder, site, "elsewhere", elsewhere)
         append_event(folder, "run_finished", seconds=12.5)
         return read_outcome(folder, group=group, method=method, seed=seed, metric=metric)
 
@@ -85,6 +88,17 @@ def test_an_outcome_averages_over_sites_and_counts_bytes_once(finished: Finished
     assert found.bytes_total == 4 * 300 + 1000
     assert found.seconds == 12.5
     assert finished("B", metric="macro_f1").tuned.worst == pytest.approx(0.25)
+
+
+def test_sites_that_train_alone_have_a_row_of_the_other_sites_records(finished: Finished) -> None:
+    alone = [finished("local only", seed, elsewhere=value) for seed, value in ((1, 0.4), (2, 0.5))]
+    assert [run.elsewhere.worst for run in alone] == [0.4, 0.5]
+    rows = make_rows([*alone, finished("A")], baselines=())
+    assert [row.method for row in rows] == ["local only", "local only, elsewhere", "A"]
+    assert rows[1].is_line
+    score = rows[1].scores["accuracy"]
+    assert score is not None
+    assert score.mean == pytest.approx(0.45)
 
 
 def test_seconds_of_earlier_sessions_count(make_run: MakeRun) -> None:

@@ -23,6 +23,7 @@ def outcome(method: str = "A, x", **changes: object) -> Outcome:
         "tuned": Scores(means=means, worst=0.1, gap=0.2),
         "base": NOTHING,
         "majority": Scores(means={**dict.fromkeys(METRICS), "accuracy": 0.25}, worst=0.25, gap=None),
+        "elsewhere": Scores(means={**dict.fromkeys(METRICS), "loss": 1.5}, worst=2.5, gap=None),
         "bytes_up": 10.5,
         "bytes_down": 20.0,
         "bytes_total": 12345,
@@ -49,7 +50,7 @@ def test_columns_of_later_versions_count_as_not_measured(tmp_path: Path) -> None
     )
     (found,) = read_figures(file, {("all", "A", 1): "untuned base"})
     assert found.tuned == Scores(means={**dict.fromkeys(METRICS), "accuracy": 0.5}, worst=None, gap=None)
-    assert (found.base, found.majority, found.sites_epsilon) == (NOTHING, NOTHING, None)
+    assert (found.base, found.majority, found.elsewhere, found.sites_epsilon) == (*[NOTHING] * 3, None)
 
 
 @pytest.mark.parametrize(

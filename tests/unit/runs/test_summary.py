@@ -17,6 +17,7 @@ def site(final: float, *, base: float = 0.5, interval: tuple[float, float] | Non
         majority={"accuracy": 0.4, "macro_f1": None},
         base={**nothing, "accuracy": base},
         final={**nothing, "accuracy": final},
+        elsewhere=nothing,
         interval=interval,
         records=100,
         epsilon=None,
