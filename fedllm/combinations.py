@@ -28,8 +28,7 @@ def require_together(config: Config) -> None:
     privacy, data, federation = config.privacy, config.data, config.federation
     if privacy.enabled:
         _require_one_budget("privacy", privacy)
-        pooled = federation.drawn if federation.mode == "central" else 1
-        steps = federation.rounds * config.train.local_steps * pooled
+        steps = federation.rounds * config.site_steps
         if steps > MOST_STEPS:
             raise ConfigError(
                 f"federation.rounds x train.local_steps: {steps:,} private steps at a site cannot be "

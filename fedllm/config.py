@@ -65,6 +65,12 @@ class Config:
         """Return whether a promise holds towards the coordinator: beside updates nothing leaves in clear."""
         return self.privacy.enabled or self.site_privacy.at_sites
 
+    @property
+    def site_steps(self) -> int:
+        """Return the steps of a round at a site that trains: pooled records get those of all drawn sites."""
+        pooled = self.federation.drawn if self.federation.mode == "central" else 1
+        return self.train.local_steps * pooled
+
     @staticmethod
     def from_flat(values: Mapping[str, Scalar]) -> Config:
         """Build from dotted keys; keys left out keep their defaults."""

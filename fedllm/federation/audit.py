@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fedllm.aggregation import make_rule
 from fedllm.config import Config
-from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError, FedllmError, PrivacyError
 from fedllm.federation.counts import HELDOUT
 from fedllm.federation.inprocess import reply_with
 from fedllm.federation.plan import check_recipe
-from fedllm.federation.site import real_site
+from fedllm.federation.shares import training_shares
+from fedllm.federation.site import real_site, training_config
 from fedllm.privacy.accounting import ADD_OR_REMOVE, cross_check, epsilon, require_delta
 from fedllm.privacy.audit import Check
 from fedllm.privacy.entropy import SecureGenerator
@@ -91,8 +91,10 @@ def subject(config: Config, policy: Path | None = None) -> Subject:
     elif config.data.source == "file" and not config.data.path:
         raise ConfigError("the records are at real sites: audit there, with --policy SITE.toml.")
     else:
-        everyone = list(simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed))
-        data, units = everyone[0], {one.name: len(one.units) for one in everyone}
+        shares, config = training_shares(config), training_config(config)
+        if not shares:
+            raise ConfigError("federation.mode=base: nothing is trained, so there is nothing to audit.")
+        data, units = shares[0], {one.name: len(one.units) for one in shares}
     return Subject(
         config=config,
         units=units,

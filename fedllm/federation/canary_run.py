@@ -11,9 +11,11 @@ import numpy.typing as npt
 from fedllm.adapters import METHODS
 from fedllm.aggregation import Update, make_rule
 from fedllm.config import Config
-from fedllm.data.sites import SiteData, simulated_sites
+from fedllm.data.sites import SiteData
 from fedllm.errors import ConfigError
 from fedllm.federation.plan import check_recipe
+from fedllm.federation.shares import training_shares
+from fedllm.federation.site import training_config
 from fedllm.federation.site_canaries import SiteCanaries
 from fedllm.privacy.accounting import epsilon
 from fedllm.privacy.audit import Check, Scores, area_under_curve, best_one_run, epsilon_by_gaussian
@@ -105,10 +107,10 @@ def audit_one_run(config: Config, *, canaries: int = 1000) -> list[OneRun]:
     session = open_session(config, spec, basis)
     state = METHODS[spec.method].initial_state(spec, seed=basis_seed(config))
     shapes = {key: tuple(value.shape) for key, value in session.trainable(first.train).items()}
-    sites = [
-        _watched(config, data, shapes, canaries)
-        for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed)
-    ]
+    shares, config = training_shares(config), training_config(config)
+    if not shares:
+        raise ConfigError("federation.mode=base: nothing is trained, so there is nothing to audit.")
+    sites = [_watched(config, data, shapes, canaries) for data in shares]
     whole = SiteCanaries(config, shapes, count=canaries) if config.site_privacy.enabled else None
     for round in range(1, config.federation.rounds + 1):
         plan, updates = rule.plan(spec, round), []

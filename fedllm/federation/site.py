@@ -230,8 +230,7 @@ def training_config(config: Config) -> Config:
     """Return the settings a simulated site trains with: pooled records get the steps of a round's sites."""
     if config.federation.mode != "central":
         return config
-    steps = config.train.local_steps * config.federation.drawn
-    return replace(config, train=replace(config.train, local_steps=steps))
+    return replace(config, train=replace(config.train, local_steps=config.site_steps))
 
 
 def simulated_policy(name: str, config: Config) -> SitePolicy:

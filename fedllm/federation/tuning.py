@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedllm.config import Config
-from fedllm.data.sites import simulated_sites
 from fedllm.errors import ConfigError
+from fedllm.federation.shares import training_shares
+from fedllm.federation.site import training_config
 from fedllm.privacy.accounting import ADD_OR_REMOVE, epsilon, selected_epsilon
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.plan import make_plan
@@ -20,6 +21,8 @@ COSTLY = (
     "train.local_steps",
     "federation.rounds",
     "federation.sites",
+    "federation.sites_per_round",
+    "federation.mode",
 )
 
 
@@ -98,7 +101,7 @@ def require_tunable(configs: Sequence[Config]) -> None:
 
 
 def tuning_cost(config: Config, *, mean: float, runs: int) -> list[TuningCost]:
-    """Return what a choice among equally private runs costs every simulated site.
+    """Return what a choice among equally private runs costs every simulated site that trains.
 
     Parameters
     ----------
@@ -108,8 +111,9 @@ def tuning_cost(config: Config, *, mean: float, runs: int) -> list[TuningCost]:
         Number of runs made.
     """
     costs = []
-    for data in simulated_sites(config.data, sites=config.federation.sites, seed=config.run.seed):
-        plan = make_plan(config, units=len(data.units), site=data.name)
+    settings = training_config(config)
+    for data in training_shares(config):
+        plan = make_plan(settings, units=len(data.units), site=data.name)
         whole = plan.spend(rounds=plan.rounds)
         costs.append(
             TuningCost(

@@ -219,11 +219,12 @@ def _how(config: Config, by: str) -> str:
 
 def _training(config: Config) -> str:
     train, central = config.train, config.federation.mode == "central"
-    steps = train.local_steps * (config.federation.drawn if central else 1)
     records = f"{train.batch_size * train.accumulation} records{'' if central else ' a site'}"
     quantised = config.model.quantization
     base = f", on a {quantised} base (bitsandbytes)" if quantised != "none" else ""
-    return f"{count(config.federation.rounds, 'round')} of {count(steps, 'step')} of {records}{base}"
+    return (
+        f"{count(config.federation.rounds, 'round')} of {count(config.site_steps, 'step')} of {records}{base}"
+    )
 
 
 def _task(config: Config) -> str:

@@ -221,6 +221,16 @@ def test_open_recipes_have_nothing_to_audit() -> None:
         canary_run.audit_one_run(config(adapter__method="lora", strategy__name="fedsvd"))
 
 
+def test_pooled_records_are_audited_as_they_train() -> None:
+    shares, pooled = subject(config()), subject(config(federation__mode="central"))
+    assert list(pooled.units) == ["site-0"]
+    assert pooled.plan.units == sum(shares.units.values())
+    assert pooled.plan.local_steps == 2 * shares.plan.local_steps
+    for audit in (subject, canary_run.audit_one_run):
+        with pytest.raises(ConfigError, match="nothing is trained, so there is nothing to audit"):
+            audit(config(federation__mode="base"))
+
+
 def test_one_run_stays_below_the_accountant_and_sees_a_lack_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = config(adapter__layers="", train__batch_size=60, train__micro_batch=60, train__local_steps=6)
     sound = canary_run.audit_one_run(recipe, canaries=300)

@@ -76,11 +76,18 @@ def test_costs_of_every_site() -> None:
         assert cost.selected > cost.one
 
 
+def test_pooled_records_cost_what_one_site_with_all_of_them_spends() -> None:
+    (cost,) = tuning_cost(config(federation__mode="central"), mean=3.0, runs=4)
+    assert cost.site == "site-0"
+    assert 1.9 < cost.one <= 2.0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data__heldout_public": False}, "needs privacy.enabled=true and data.heldout_public=true"),
         ({"train__batch_size": 16}, "candidates differ in train.batch_size"),
+        ({"federation__mode": "central"}, "candidates differ in federation.mode"),
         ({"privacy__epsilon": 3.0}, "candidates differ in privacy.epsilon"),
         ({"data__heldout": 0.3}, "candidates differ in their data"),
     ],
