@@ -11,7 +11,7 @@ import csv
 import gzip
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -120,7 +120,8 @@ def medquad(raw: Path) -> dict[str, Rows]:
 
     Three MedlinePlus subsets have no answers, for copyright, and are not in the file. The 14 records of the
     CDC that name no disease are left out: most of their questions have a gap in its place. ``short`` holds
-    the answers of at most 80 words, which a small model can learn whole.
+    the answers of at most 80 words, which a small model can learn whole. ``pairs`` are preferences:
+    prompt and chosen (a short record) and rejected (an answer on its disease to another type of question).
     """
     with gzip.open(raw / "medquad.jsonl.gz", "rt", encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
@@ -137,7 +138,27 @@ def medquad(raw: Path) -> dict[str, Rows]:
         if record["focus"].strip()
     ]
     short = [row for row in rows if len(row["answer"].split()) <= 80]
-    return _checked("medquad", {"all": rows, "short": short}, all=16407 - 14, short=4705)
+    found = {"all": rows, "short": short, "pairs": _preferences(short)}
+    return _checked("medquad", found, all=16407 - 14, short=4705, pairs=4057)
+
+
+def _preferences(rows: Rows) -> Rows:
+    """Return a pair for every record that has another one on its disease to reject."""
+    pairs = []
+    together = defaultdict(list)
+    for row in rows:
+        together[row["source"], row["focus"]].append(row)
+    for mine in together.values():
+        for place, row in enumerate(mine):
+            others = (
+                other["answer"]
+                for other in (*mine[place + 1 :], *mine[:place])
+                if other["type"] != row["type"] and other["answer"] != row["answer"]
+            )
+            rejected = next(others, None)
+            if rejected is not None:
+                pairs.append({"prompt": row["question"], "chosen": row["answer"], "rejected": rejected})
+    return pairs
 
 
 def mts_dialog(raw: Path) -> dict[str, Rows]:

@@ -226,9 +226,9 @@ def test_pooled_records_are_audited_as_they_train() -> None:
     assert list(pooled.units) == ["site-0"]
     assert pooled.plan.units == sum(shares.units.values())
     assert pooled.plan.local_steps == 2 * shares.plan.local_steps
-    for audit in (subject, canary_run.audit_one_run):
+    for look in (subject, canary_run.audit_one_run):
         with pytest.raises(ConfigError, match="nothing is trained, so there is nothing to audit"):
-            audit(config(federation__mode="base"))
+            look(config(federation__mode="base"))
 
 
 def test_one_run_stays_below_the_accountant_and_sees_a_lack_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
