@@ -274,7 +274,9 @@ def generate(
     run: Folder,
     prompt: Annotated[str, typer.Argument(help="What to ask; the recipe's instruction goes before it.")],
     pair: Annotated[str, typer.Option(help="The second text, where the recipe reads two.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Longest answer, in tokens (0: as long as the recipe's).")
+    ] = 0,
     site: Site = "",
 ) -> None:
     """Ask the tuned model and the untuned base the same thing."""

@@ -225,7 +225,7 @@ def _require_free(target: Path, run: RunFolder) -> None:
 
 
 def answer(
-    folder: Path, prompt: str, *, max_new_tokens: int, pair: str = "", site: str = ""
+    folder: Path, prompt: str, *, max_new_tokens: int = 0, pair: str = "", site: str = ""
 ) -> tuple[str, str]:
     """Return the base's and the tuned model's greedy answers to a prompt, as an evaluation has them.
 
@@ -233,6 +233,8 @@ def answer(
     ----------
     prompt, pair : str
         What stands for the record's text, and for its second one where the recipe has one (``data.pair``).
+    max_new_tokens : int
+        Longest answer; 0: the recipe's ``evaluation.max_new_tokens``.
 
     Raises
     ------
@@ -267,7 +269,7 @@ def answer(
         (tokens,) = greedy_tokens(
             inner,
             [ids],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens or config.evaluation.max_new_tokens,
             pad_id=int(tokenizer.pad_token_id),
             stop=end_tokens(inner, tokenizer),
             prefix=prefix,

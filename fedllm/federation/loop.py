@@ -65,6 +65,7 @@ def run_rounds(run: ServerRun, grid: Grid, strategy: Aggregator) -> None:
     gather_sites(run, grid)
     if run.config.federation.mode == "base":
         _final_evaluation(run, grid)
+        run.tracking.final(0)
         return
     ship_basis(run, grid)
     for round in range(run.next_round, run.config.federation.rounds + 1):

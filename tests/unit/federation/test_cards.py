@@ -91,7 +91,7 @@ def test_a_card_for_free_text_writes_what_the_run_would(
     capsys.readouterr()
     run_card(folder.adapter_dir, monkeypatch)
     said = capsys.readouterr().out.strip()
-    _, tuned = answer(folder.path, "A text.", max_new_tokens=load_config(folder).evaluation.max_new_tokens)
+    _, tuned = answer(folder.path, "A text.")
     assert said == tuned
     assert said
 
