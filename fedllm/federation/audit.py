@@ -20,6 +20,7 @@ from fedllm.errors import ConfigError, FedllmError, PrivacyError
 from fedllm.federation.counts import HELDOUT
 from fedllm.federation.inprocess import reply_with
 from fedllm.federation.plan import check_recipe
+from fedllm.federation.records import text
 from fedllm.federation.shares import training_shares
 from fedllm.federation.site import real_site, training_config
 from fedllm.privacy.accounting import ADD_OR_REMOVE, cross_check, epsilon, require_delta
@@ -264,10 +265,19 @@ def _leaving(config: Config) -> Check:
     public = config.data.heldout_public
     closed = [] if public else [name for name, release in RELEASES.items() if release.treatment == "public"]
     with TemporaryDirectory() as folder:
-        inside = replace(config, run=replace(config.run, dir=folder))
+        inside = replace(
+            config,
+            run=replace(config.run, dir=folder),
+            # noised counts of the recipe do not go with public records of a site's policy
+            evaluation=replace(config.evaluation, noise_multiplier=0.0),
+        )
         for name in [*_PRIVATE_VALUES, *closed]:
-            if name in reply_with(inside, {name: 1.0})[0]:
+            answer = reply_with(inside, {name: 1.0})[0]
+            if name in answer:
                 return Check("what leaves", False, f"'{name}' left a site that was made to answer with it")
+            reason = text(answer, "error")
+            if f"'{name}' may not leave" not in reason:
+                return Check("what leaves", False, f"'{name}' was not stopped for what it is, but: {reason}")
     names = [
         n for n, r in RELEASES.items() if r.treatment != "simulated" and (public or r.treatment != "public")
     ]

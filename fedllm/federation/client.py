@@ -75,7 +75,7 @@ def answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Mess
     """Turn a handler into one that always replies: an error becomes a note without records' text."""
 
     def answer(message: Message, context: Context) -> Message:
-        site = None
+        site, head = None, ""
         parts: Parts = {}
         try:
             notes, received = unpack(message.content)
@@ -83,6 +83,7 @@ def answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Mess
             site = identify(context, config, int(str(notes["index"])))
             require_promises(site.config)
             use_threads(site.config)
+            head = _head(site)
             result, parts = handler(site, notes, received)
         except FedllmError as error:
             log.error("refused: %s", error)
@@ -91,12 +92,27 @@ def answering(handler: Callable[[Site, Notes, Parts], Answer]) -> Callable[[Mess
             log.exception("the round failed at this site")
             result = {"error": f"internal error ({type(error).__name__}); details are in the site's log"}
         if site is not None:
+            if "error" in result:
+                result |= _spent(site, notes, head)
             result["site"] = site.name
             if site.config.private_replies:
                 result, parts = _released(site, result, parts)
         return Message(pack(result, parts), reply_to=message)
 
     return answer
+
+
+def _head(site: Site) -> str:
+    """Return the hash of the ledger's newest row, empty where nothing was booked yet."""
+    return site.ledger().head if site.config.privacy.enabled and site.has_ledger else ""
+
+
+def _spent(site: Site, notes: Notes, head: str) -> Notes:
+    """Return what is booked if a handler has failed after it booked: that stays spent, and is to be seen."""
+    with suppress(FedllmError):
+        if _head(site) != head:
+            return booked_so_far(site, notes)
+    return {}
 
 
 def _released(site: Site, result: Notes, parts: Parts) -> Answer:

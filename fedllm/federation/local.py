@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from fedllm.federation.memory import SiteMemory
 from fedllm.federation.records import ADAPTER, Notes, Parts, text, texts
 from fedllm.training.spec import basis_seed
 from fedllm.wire import decode, encode, encode_with_feedback, is_lossless
+
+log = logging.getLogger("fedllm.site")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,8 @@ def receive(
     state = start
     if plan.personal:
         kept = memory.require("personal", spec, before=round)
+        if kept is None and round > 1:
+            log.warning("nothing is kept of this site's own matrices; they start anew in round %d", round)
         state = start if kept is None else start.updated(kept)
     return Start(
         shared=start, state=state, folded=join_factors([read_factors(blobs[d], spec) for d in folded])

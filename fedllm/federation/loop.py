@@ -386,9 +386,10 @@ def _final_evaluation(run: ServerRun, grid: Grid) -> None:
     run.weights = run.weights or common_weights(replies)
     for reply in replies:
         try:
+            if reply.notes.get("site") == reply.peer.name:
+                run.note_head(reply)
             if reply.reason:
                 raise RunError(reply.reason)
-            run.note_head(reply)
             notes = reply.notes | noised_accuracies(
                 reply.notes, noise_multiplier=run.config.evaluation.noise_multiplier
             )

@@ -284,7 +284,9 @@ def test_membership_of_a_private_run_says_how_many_were_drawn(federate: Any) -> 
     )
 
 
-def test_a_real_sites_recipe_may_name_columns_and_counts_that_are_not_its_own(tmp_path: Path) -> None:
+def test_a_real_sites_recipe_may_name_columns_and_counts_that_are_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = "\n".join(f"record {i},{'ab'[i % 2]}" for i in range(200))
     (tmp_path / "own.csv").write_text(f"text,label\n{rows}\n")
     (tmp_path / "public.csv").write_text("text,label\npublic one,a\npublic two,b\n")
@@ -301,5 +303,10 @@ def test_a_real_sites_recipe_may_name_columns_and_counts_that_are_not_its_own(tm
     )
     found = subject(asked, policy)
     assert failures(static_checks(found)) == []
+    # the recipe's noised counts do not go with the policy's public records; each value is tried all the same
+    stopped = next(check for check in static_checks(found) if check.name == "what leaves")
+    assert "6 values that a site was made to answer with were stopped" in stopped.detail
+    monkeypatch.setattr(audit, "reply_with", lambda *_: ({"error": "no such recipe"}, {}))
+    assert "what leaves" in failures(static_checks(found))
     unusable = replace(found, tokens=replace(found.tokens, train=(), units=((),) * 200))
     assert "loss of the record alone" in failures(static_checks(unusable))

@@ -295,6 +295,32 @@ def test_a_crash_after_booking_stays_spent_and_the_run_ends_within_budget(
     assert all(value <= 6.0 for value in final)
 
 
+def test_what_was_booked_before_a_failure_is_seen(
+    federate: Any, events: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, score = client_module.train_round, client_module._scores
+
+    def fail(session: Any, tokens: Any, **rest: Any) -> Any:
+        if tokens.name == "site-1":
+            raise RuntimeError("no memory")
+        return train(session, tokens, **rest)
+
+    def fail_at_the_end(session: Any, tokens: Any, *rest: Any, **more: Any) -> Any:
+        if tokens.name == "site-2":
+            raise RuntimeError("no memory")
+        return score(session, tokens, *rest, **more)
+
+    monkeypatch.setattr(client_module, "train_round", fail)
+    monkeypatch.setattr(client_module, "_scores", fail_at_the_end)
+    folder = federate(**PRIVATE, data__heldout_public=True, evaluation__every=0)
+    heads = json.loads((folder.path / "ledger_heads.json").read_text())
+    for site in ("site-1", "site-2"):
+        assert Ledger(folder.site_dir(site) / "ledger.sqlite").head in heads.values(), site
+    failed = [event for event in events(folder, "site_reply") if not event["accepted"]]
+    assert [event["site"] for event in failed] == ["site-1", "site-1"]
+    assert 0 < failed[0]["epsilon"] < failed[1]["epsilon"] <= 6.0
+
+
 def test_a_delta_above_one_over_n_is_refused_before_any_round(federate: Any) -> None:
     with pytest.raises(RunError, match=r"0 of 3 sites joined.*privacy\.delta=0\.01 is too large"):
         federate(**(PRIVATE | {"privacy__delta": 0.01}))
