@@ -84,10 +84,12 @@ def subject(config: Config, policy: Path | None = None) -> Subject:
         raise ConfigError(
             f"adapter.basis={config.adapter.basis}: audit the recipe with adapter.basis=seeded."
         )
-    public = 0
     if policy is not None:
         site = real_site(policy, config)
         config, data, public = site.config, site.data(), site.policy.public_units
+        plan = make_plan(config, units=len(data.units), site=data.name, public_units=public)
+        site.policy.require_noise(plan.noise_multiplier)
+        site.policy.require_delta(plan.units)
         units = {data.name: public or len(data.units)}
     elif config.data.source == "file" and not config.data.path:
         raise ConfigError("the records are at real sites: audit there, with --policy SITE.toml.")
@@ -96,10 +98,11 @@ def subject(config: Config, policy: Path | None = None) -> Subject:
         if not shares:
             raise ConfigError("federation.mode=base: nothing is trained, so there is nothing to audit.")
         data, units = shares[0], {one.name: len(one.units) for one in shares}
+        plan = make_plan(config, units=len(data.units), site=data.name)
     return Subject(
         config=config,
         units=units,
-        plan=make_plan(config, units=len(data.units), site=data.name, public_units=public),
+        plan=plan,
         session=open_session(config, spec, basis),
         tokens=tokenise(data, config),
     )

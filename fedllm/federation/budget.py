@@ -146,6 +146,8 @@ def _planned(
         public_units=policy.public_units,
         makes_basis=makes_basis,
     )
+    policy.require_noise(plan.noise_multiplier)
+    policy.require_delta(plan.units)
     entries = ledger.entries(dataset=policy.dataset, data=data.fingerprint) if ledger is not None else ()
     return Planned(
         policy=policy,

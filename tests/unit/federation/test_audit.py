@@ -15,9 +15,10 @@ from torch import Tensor
 from fedllm.config import Config
 from fedllm.data.encode import collate
 from fedllm.data.sites import simulated_sites
-from fedllm.errors import ConfigError, PrivacyError
+from fedllm.errors import BudgetError, ConfigError, PrivacyError
 from fedllm.federation import audit, canary_run, client, inversion, membership
 from fedllm.federation.audit import Subject, static_checks, subject
+from fedllm.federation.budget import planned_sites
 from fedllm.privacy import plan as plan_module
 from fedllm.privacy.audit import Check
 from fedllm.privacy.entropy import SecureGenerator
@@ -303,6 +304,11 @@ def test_a_real_sites_recipe_may_name_columns_and_counts_that_are_not_its_own(
     )
     found = subject(asked, policy)
     assert failures(static_checks(found)) == []
+    with policy.open("a") as file:
+        file.write("min_noise_multiplier = 90.0\n")
+    for look in (subject, planned_sites):
+        with pytest.raises(BudgetError, match="is below its policy's least, 90"):
+            look(asked, policy)
     # the recipe's noised counts do not go with the policy's public records; each value is tried all the same
     stopped = next(check for check in static_checks(found) if check.name == "what leaves")
     assert "6 values that a site was made to answer with were stopped" in stopped.detail
