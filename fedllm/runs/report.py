@@ -157,20 +157,23 @@ def _tiles(
     return tiles
 
 
-def _columns(config: Config, kinds: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+def _columns(config: Config, kinds: Mapping[str, Sequence[str]]) -> list[tuple[str, tuple[str, ...]]]:
     """Return each metric's head and what is shown of it."""
-    heads = tuple(_base_head(config) if kind == "base" else kind for kind in kinds)
-    return [(f"{metric.title[0].upper()}{metric.title[1:]}", heads) for metric in judged_by(config).values()]
+    heads = {"base": _base_head(config)}
+    return [
+        (f"{metric.title[0].upper()}{metric.title[1:]}", tuple(heads.get(kind, kind) for kind in kinds[name]))
+        for name, metric in judged_by(config).items()
+    ]
 
 
 def _base_head(config: Config) -> str:
     return "base" if base_name(config) == UNTUNED_BASE else base_name(config)
 
 
-def _cells(site: SiteSummary, config: Config, kinds: Sequence[str], absent: str) -> list[str]:
+def _cells(site: SiteSummary, config: Config, kinds: Mapping[str, Sequence[str]], absent: str) -> list[str]:
     cells: list[str] = []
     for place, (name, metric) in enumerate(judged_by(config).items()):
-        values = {kind: vars(site)[kind][name] for kind in kinds}
+        values = {kind: vars(site)[kind][name] for kind in kinds[name]}
         texts = {kind: absent if value is None else metric.text(value) for kind, value in values.items()}
         if place == 0 and site.interval is not None:
             texts["final"] += " ({:.0f} to {:.0f})".format(*(metric.scale * end for end in site.interval))
@@ -185,11 +188,13 @@ def _cells(site: SiteSummary, config: Config, kinds: Sequence[str], absent: str)
     ]
 
 
-def _ends(sites: Sequence[SiteSummary], config: Config, kinds: Sequence[str]) -> list[dict[str, Any]]:
+def _ends(
+    sites: Sequence[SiteSummary], config: Config, kinds: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
     """Return the rows of the worst site and of the gap, with :func:`_cells`' columns; none for one site."""
     worst, gap = [], []
     for name, metric in judged_by(config).items():
-        for kind in kinds:
+        for kind in kinds[name]:
             known = {site.name: vars(site)[kind][name] for site in sites}
             found = spread(known, best=metric.best)
             worst.append("" if found is None else metric.text(found.worst))
@@ -200,11 +205,12 @@ def _ends(sites: Sequence[SiteSummary], config: Config, kinds: Sequence[str]) ->
     return [{"name": "Worst site", "cells": worst + rest}, {"name": "Gap", "cells": gap + rest}]
 
 
-def _kinds(config: Config, sites: Sequence[SiteSummary]) -> tuple[str, ...]:
-    """Return what is shown of each metric: fields of :class:`SiteSummary`."""
-    majority = ("majority",) if config.data.labelled else ()
-    alone = any(value is not None for site in sites for value in site.elsewhere.values())
-    return (*majority, "base", "final", *(("elsewhere",) if alone else ()))
+def _kinds(config: Config, sites: Sequence[SiteSummary]) -> dict[str, tuple[str, ...]]:
+    """Return what is shown of each metric, the first one most: fields of :class:`SiteSummary`."""
+    kinds = (*(("majority",) if config.data.labelled else ()), "base", "final")
+    first, *rest = judged_by(config)
+    alone = any(site.elsewhere[first] is not None for site in sites)
+    return {first: (*kinds, "elsewhere") if alone else kinds, **dict.fromkeys(rest, kinds)}
 
 
 def _traffic_rows(events: Sequence[Event]) -> list[tuple[str, str, str]]:

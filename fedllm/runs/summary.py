@@ -176,7 +176,7 @@ def _elsewhere(mean: SiteSummary, metric: Metric, name: str) -> tuple[str, ...]:
     value = mean.elsewhere[name]
     if value is None:
         return ()
-    return (f"At the other sites, on records unlike its own, a site's model has {metric.text(value)}.",)
+    return (f"On the records of the other sites a site's own model has {metric.text(value)}.",)
 
 
 def _chance(sites: Sequence[SiteSummary], metric: Metric) -> tuple[str, ...]:
