@@ -142,16 +142,15 @@ def elsewhere(
     Parameters
     ----------
     records : int
-        About how many there shall be, as many of each site and at least one (0: all).
+        About how many there shall be, as many of each site and at least one (0: as the one site has itself).
 
     Raises
     ------
     DataError
         As :func:`simulated_site`.
     """
-    others = sites - 1
-    each = -(-records // others) or None
     shares = list(simulated_sites(data, sites=sites, seed=seed, fold=fold))
+    each = -(-(records or len(shares[index].heldout)) // (sites - 1))
     heldout = [one for share in (*shares[:index], *shares[index + 1 :]) for one in share.heldout[:each]]
     return dataclasses.replace(shares[index], train=(), units=(), heldout=tuple(heldout))
 

@@ -89,7 +89,7 @@ def subject(config: Config, policy: Path | None = None) -> Subject:
         config, data, public = site.config, site.data(), site.policy.public_units
         plan = make_plan(config, units=len(data.units), site=data.name, public_units=public)
         site.policy.require_noise(plan.noise_multiplier)
-        site.policy.require_delta(plan.units)
+        site.policy.require_delta(plan.public_units or plan.units)
         units = {data.name: public or len(data.units)}
     elif config.data.source == "file" and not config.data.path:
         raise ConfigError("the records are at real sites: audit there, with --policy SITE.toml.")
@@ -271,6 +271,8 @@ def _leaving(config: Config) -> Check:
         inside = replace(
             config,
             run=replace(config.run, dir=folder),
+            # pooled records have their steps already, and would get them again
+            train=replace(config.train, local_steps=1),
             # noised counts of the recipe do not go with public records of a site's policy
             evaluation=replace(config.evaluation, noise_multiplier=0.0),
         )

@@ -21,9 +21,15 @@ def booked_so_far(site: Site, notes: Notes) -> Notes:
     Parameters
     ----------
     notes : Notes
-        The server's message, which names the run.
+        The server's message: the run, and the newest hash of the ledger that the server has seen.
+
+    Raises
+    ------
+    PrivacyError
+        If the ledger lacks that row: a hash of an older copy must not take its place at the server.
     """
     ledger, privacy = site.ledger(), site.config.privacy
+    ledger.require_head(text(notes, "ledger") or GENESIS)
     held = ledger.entries(dataset=site.policy.dataset, data=site.data().fingerprint)
     own = [entry.spend for entry in held if entry.run == text(notes, "run")]
     if not own:

@@ -147,7 +147,9 @@ def _planned(
         makes_basis=makes_basis,
     )
     policy.require_noise(plan.noise_multiplier)
-    policy.require_delta(plan.units)
+    if makes_basis and config.adapter.basis == "dp-gradient":
+        policy.require_noise(config.adapter.basis_noise)
+    policy.require_delta(plan.public_units or plan.units)
     entries = ledger.entries(dataset=policy.dataset, data=data.fingerprint) if ledger is not None else ()
     return Planned(
         policy=policy,

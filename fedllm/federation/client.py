@@ -21,7 +21,7 @@ from fedllm.adapters.export import save_peft_adapter, save_state
 from fedllm.adapters.state import AdapterSpec, matrix_name, require_same_spec
 from fedllm.aggregation import RoundPlan, make_rule
 from fedllm.config import Config
-from fedllm.errors import DivergedError, FedllmError, MismatchError, PrivacyError, WireError
+from fedllm.errors import DataError, DivergedError, FedllmError, MismatchError, PrivacyError, WireError
 from fedllm.evaluation.metrics import bootstrap_interval, majority
 from fedllm.federation.blobs import BlobStore
 from fedllm.federation.booking import BOOKED, book, booked_so_far
@@ -109,9 +109,13 @@ def _head(site: Site) -> str:
 
 def _spent(site: Site, notes: Notes, head: str) -> Notes:
     """Return what is booked if a handler has failed after it booked: that stays spent, and is to be seen."""
-    with suppress(FedllmError):
-        if _head(site) != head:
-            return booked_so_far(site, notes)
+    try:
+        newest = _head(site)
+        if newest != head:
+            return booked_so_far(site, notes) | {"ledger": newest}
+    except Exception:
+        # whatever made the handler fail may strike here too, and a reply is owed all the same
+        log.exception("what was booked cannot be told")
     return {}
 
 
@@ -261,10 +265,7 @@ def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
     records = config.evaluation.final_records
     if trained:
         result |= _scores(session, tokens, site, start, records=records, final=True)
-        others = site.elsewhere()
-        if others is not None:
-            abroad = tokenise(others, config)
-            result |= _scores(session, abroad, site, start, records=0, prefix="elsewhere_", final=True)
+        result |= _elsewhere(site, session, start)
     result |= _scores(session, tokens, site, None, records=records, prefix="base_", final=True)
     truth = tokens.heldout_labels[: records or None]
     if config.data.labelled and truth:
@@ -272,6 +273,19 @@ def _evaluate(site: Site, notes: Notes, parts: Parts) -> Answer:
         commonest = truth if config.private_replies else tokens.own_labels
         result["majority_accuracy"], result["majority_macro_f1"] = majority(commonest, truth)
     return result, {}
+
+
+def _elsewhere(site: Site, session: Session, start: Start) -> Notes:
+    """Return what the site's own adapter scores on other sites' records, where those can be read."""
+    try:
+        others = site.elsewhere()
+        if others is None:
+            return {}
+        tokens = tokenise(others, site.config)
+    except DataError as error:
+        log.warning("not judged on the records of the other sites: %s", error)
+        return {}
+    return _scores(session, tokens, site, start, records=0, prefix="elsewhere_", final=True)
 
 
 def _export_personal(site: Site, session: Session, start: Start) -> None:

@@ -114,7 +114,9 @@ def receive(
     if plan.personal:
         kept = memory.require("personal", spec, before=round)
         if kept is None and round > 1:
-            log.warning("nothing is kept of this site's own matrices; they start anew in round %d", round)
+            log.warning(
+                "no matrices of its own are kept: the site trains for the first time, or they are gone"
+            )
         state = start if kept is None else start.updated(kept)
     return Start(
         shared=start, state=state, folded=join_factors([read_factors(blobs[d], spec) for d in folded])

@@ -22,7 +22,7 @@ NOTE = (
     "Held-out records; mean over sites, then mean over seeds ± half of the 95 % interval (Student t; none "
     "for one seed). Worst site: {end} {metric} of a site; gap: how far the best site is from it; both mean "
     "over seeds. Up, down: bytes a site sends and gets in a round. Run total: all sites, both directions, "
-    "one-off traffic included. Elsewhere: each site's own adapter on the records of the other sites. "
+    "one-off traffic included. Elsewhere: each site's own adapter on pooled records of the others. "
     "Epsilon: largest of all sites and seeds. Private sites drop no repeated "
     "record: what is held out there, and its majority class, can differ a little."
 )

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedllm.runs.measures import METRICS, UNTRAINED_HEAD, UNTUNED_BASE, Metric
-from fedllm.runs.outcomes import ELSEWHERE, PRIVATE_MAJORITY, Estimate, Row
+from fedllm.runs.outcomes import PRIVATE_MAJORITY, Estimate, Row
 
 DASHES: dict[str, Any] = {
     "chance": (0, (1, 4)),
@@ -23,7 +23,7 @@ DASHES: dict[str, Any] = {
     "majority class": (0, (4, 2, 1, 2)),
     PRIVATE_MAJORITY: (0, (4, 2, 1, 2, 1, 2)),
     "local only": (0, (6, 3)),
-    ELSEWHERE: (0, (6, 3, 1, 3)),
+    "local only, elsewhere": (0, (6, 3, 1, 3)),
 }
 INK, ACCENT, MUTED, GRID = "#1d2126", "#17616a", "#5f6871", "#e2e4e7"
 STYLE: dict[Any, Any] = {

@@ -27,10 +27,10 @@ BASELINES = {
 }
 #: Where private runs have other held-out records than the rest: they drop no repeated one.
 PRIVATE_MAJORITY = "majority class, private runs"
-#: Sites that train each alone, each one's adapter judged on the records of the others.
-ELSEWHERE = "local only, elsewhere"
+#: What follows a method's name where sites train each alone, and are judged on the records of the others.
+ELSEWHERE = ", elsewhere"
 #: What is a line in the picture and no method; encoders have a base of another name.
-LINES = (*BASELINES.values(), UNTRAINED_HEAD, PRIVATE_MAJORITY, ELSEWHERE)
+LINES = (*BASELINES.values(), UNTRAINED_HEAD, PRIVATE_MAJORITY, f"{BASELINES['local']}{ELSEWHERE}")
 SCALARS = ("bytes_up", "bytes_down", "bytes_total", "epsilon", "sites_epsilon", "seconds")
 
 
@@ -182,6 +182,8 @@ def make_rows(
 ) -> list[Row]:
     """Return a row for each group and method, in order, after the group's base and majority class.
 
+    A method whose sites train each alone has a second one, of their adapters at the other sites.
+
     Parameters
     ----------
     outcomes : Sequence[Outcome]
@@ -225,7 +227,7 @@ def make_rows(
             rows.append(_row(group, method, [run.tuned for run in runs], **spent, **means))
             abroad = _by_seed((run.seed, run.elsewhere) for run in runs)
             if abroad:
-                rows.append(_row(group, ELSEWHERE, list(abroad.values()), **spent))
+                rows.append(_row(group, f"{method}{ELSEWHERE}", list(abroad.values()), **spent))
     return rows
 
 

@@ -108,7 +108,7 @@ def render_report(
         reliability=reliability_chart(config, events),
         absent=(WITHHELD, UNKNOWN),
         private=config.privacy.enabled,
-        sites_note=_sites_note(config, withheld=withheld),
+        sites_note=_sites_note(config, kinds, withheld=withheld),
         traffic=_traffic_rows(events),
         flowertune=f"{flowertune_mib(traffic(events)):,.2f}",
         failures=[
@@ -222,7 +222,7 @@ def _traffic_rows(events: Sequence[Event]) -> list[tuple[str, str, str]]:
     return [(name, f"{up:,}", f"{down:,}") for name, up, down in rows]
 
 
-def _sites_note(config: Config, *, withheld: bool) -> str:
+def _sites_note(config: Config, kinds: Mapping[str, Sequence[str]], *, withheld: bool) -> str:
     base = (
         "Base: the untuned model"
         if base_name(config) == UNTUNED_BASE
@@ -238,8 +238,8 @@ def _sites_note(config: Config, *, withheld: bool) -> str:
         "Worst site and gap: the least good value of a site, and how far the best is from it. "
         "All sites: means of metrics, sums of counts and bytes"
     )
-    if config.federation.mode == "local":
-        text = f"Elsewhere: a site's own adapter on held-out records of the other sites. {text}"
+    if "elsewhere" in kinds[name]:
+        text = f"Elsewhere: a site's own adapter on pooled held-out records of the others. {text}"
     if config.data.labelled:
         kind = "letter" if config.data.task == "choose" else "label"
         text = f"Majority: always answering a site's most frequent {kind}. {text}"

@@ -15,11 +15,12 @@ from fedllm.cli.comparison import read_comparison
 from fedllm.cli.jobs import plan
 from fedllm.cli.tables import final_table
 from fedllm.config import Config, read_toml
-from fedllm.data.sites import simulated_site
+from fedllm.data.sites import SiteData, simulated_site
+from fedllm.errors import DataError
 from fedllm.federation.estimate import estimate_bytes
 from fedllm.federation.inprocess import run_values
 from fedllm.federation.plan import as_run
-from fedllm.federation.site import training_config
+from fedllm.federation.site import Site, training_config
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder, load_config
 from fedllm.runs.manifest import config_digest, read_manifest
@@ -93,6 +94,17 @@ def test_a_sites_own_adapter_is_judged_on_the_records_of_the_others_too(federate
     assert "On the records of the other sites a site" in folder.report_file.read_text()
     together = federate(dir="together")
     assert {event["stage"] for event in events(together, "evaluated")} == {"base", "final"}
+
+
+def test_other_sites_records_that_cannot_be_read_are_no_reason_to_fail(
+    federate: Any, events: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Site) -> SiteData:
+        raise DataError("an answer does not fit")
+
+    monkeypatch.setattr(Site, "elsewhere", broken)
+    folder = federate(federation__mode="local")
+    assert {event["stage"] for event in events(folder, "evaluated")} == {"base", "final"}
 
 
 def test_a_private_site_tells_of_other_sites_records_only_where_those_are_public(

@@ -22,6 +22,7 @@ from fedllm.adapters.export import save_peft_adapter
 from fedllm.config import Config
 from fedllm.errors import FedllmError, MismatchError, RunError
 from fedllm.federation import client as client_module
+from fedllm.federation import noised
 from fedllm.federation.records import pack, unpack, wire_size
 from fedllm.federation.run import start_run
 from fedllm.models.load import load_base, resolve
@@ -298,27 +299,49 @@ def test_a_crash_after_booking_stays_spent_and_the_run_ends_within_budget(
 def test_what_was_booked_before_a_failure_is_seen(
     federate: Any, events: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, score = client_module.train_round, client_module._scores
+    train, one_by_one = client_module.train_round, noised._one_by_one
 
     def fail(session: Any, tokens: Any, **rest: Any) -> Any:
         if tokens.name == "site-1":
             raise RuntimeError("no memory")
         return train(session, tokens, **rest)
 
-    def fail_at_the_end(session: Any, tokens: Any, *rest: Any, **more: Any) -> Any:
+    def fail_at_the_end(tokens: Any) -> Any:
         if tokens.name == "site-2":
             raise RuntimeError("no memory")
-        return score(session, tokens, *rest, **more)
+        return one_by_one(tokens)
 
     monkeypatch.setattr(client_module, "train_round", fail)
-    monkeypatch.setattr(client_module, "_scores", fail_at_the_end)
-    folder = federate(**PRIVATE, data__heldout_public=True, evaluation__every=0)
+    monkeypatch.setattr(noised, "_one_by_one", fail_at_the_end)
+    folder = federate(**PRIVATE, evaluation__noise_multiplier=4.0)
     heads = json.loads((folder.path / "ledger_heads.json").read_text())
     for site in ("site-1", "site-2"):
         assert Ledger(folder.site_dir(site) / "ledger.sqlite").head in heads.values(), site
     failed = [event for event in events(folder, "site_reply") if not event["accepted"]]
     assert [event["site"] for event in failed] == ["site-1", "site-1"]
     assert 0 < failed[0]["epsilon"] < failed[1]["epsilon"] <= 6.0
+
+
+def test_an_older_copy_of_a_ledger_is_not_taken_for_the_newest(federate: Any) -> None:
+    copy: dict[str, bytes] = {}
+    folder: list[Path] = []
+
+    def put_back(message: Message, reply: Message) -> Message:
+        notes = unpack(reply.content)[0]
+        if is_train(message) and notes.get("site") == "site-1":
+            config = Config.from_flat(json.loads(str(unpack(message.content)[0]["config"])))
+            file = Path(config.run.dir) / "sites" / "site-1" / "ledger.sqlite"
+            folder[:] = [Path(config.run.dir)]
+            copy.setdefault("", file.read_bytes())
+            if message.metadata.group_id == "2":
+                copy["newest"] = Ledger(file).head.encode()
+                file.write_bytes(copy[""])
+        return reply
+
+    federate(put_back, **PRIVATE)
+    heads = json.loads((folder[0] / "ledger_heads.json").read_text())
+    assert copy["newest"].decode() in heads.values()
+    assert Ledger(folder[0] / "sites" / "site-1" / "ledger.sqlite").head not in heads.values()
 
 
 def test_a_delta_above_one_over_n_is_refused_before_any_round(federate: Any) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from fedllm.config import Config
 from fedllm.errors import ConfigError
+from fedllm.federation.budget import planned_sites
 from fedllm.federation.tuning import draw_runs, require_tunable, tuning_cost
-from fedllm.privacy.accounting import Spend, cross_check, selected_epsilon
+from fedllm.privacy.accounting import Spend, cross_check, epsilon, selected_epsilon
 
 VALUES: dict[str, Any] = {
     "model.name": "tiny-llama",
@@ -77,9 +78,14 @@ def test_costs_of_every_site() -> None:
 
 
 def test_pooled_records_cost_what_one_site_with_all_of_them_spends() -> None:
-    (cost,) = tuning_cost(config(federation__mode="central"), mean=3.0, runs=4)
+    noise = {"privacy__noise_multiplier": 1.0, "privacy__epsilon": 0.0}
+    pooled = config(federation__mode="central", **noise)
+    (cost,) = tuning_cost(pooled, mean=3.0, runs=4)
+    units = sum(plan.plan.units for plan in planned_sites(config(**noise), None))
+    steps = 2 * 2 * pooled.train.local_steps
+    spend = Spend(noise_multiplier=1.0, sample_rate=8 / units, steps=steps)
     assert cost.site == "site-0"
-    assert 1.9 < cost.one <= 2.0
+    assert cost.one == pytest.approx(epsilon([spend], delta=1e-4), rel=1e-6)
 
 
 @pytest.mark.parametrize(
