@@ -139,7 +139,7 @@ def test_a_failing_cell_is_named_and_the_others_finish(tmp_path: Path, compare: 
     assert "Did you mean 'q_proj'" in done.output
     page = (tmp_path / "out" / "compare.md").read_text()
     named = [line.split(" | ")[1] for line in page.splitlines() if line.startswith("| all |")]
-    assert named == ["chance", "untuned base", "Fed-SB r=4", "local only", "central"]
+    assert named == ["chance", "untuned base", "Fed-SB r=4", "local only", "local only, elsewhere", "central"]
     assert "Not finished: all, Fed-SB bad, seed 1." in page
 
 
