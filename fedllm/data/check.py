@@ -264,7 +264,7 @@ def _warnings(report: FileReport, data: DataSettings, max_length: int) -> list[s
     if report.preferences is not None and report.preferences.contradictory:
         found.append(f"{report.preferences.contradictory} pairs are preferred both ways round.")
     if report.truncated:
-        found.append(f"{report.truncated:.0%} of texts lose their end at train.max_length={max_length}.")
+        found.append(f"{report.truncated:.1%} of texts lose their end at train.max_length={max_length}.")
     if report.unfit[0]:
         count, first = report.unfit
         found.append(

@@ -43,7 +43,7 @@ def test_a_report_counts_what_is_wrong(path: Path, tokenizer: PreTrainedTokenize
         f"1 records {REPEATED}.",
         "1 texts occur with more than one label.",
         "2 of 2 labels have fewer than 10 records.",
-        "20% of texts lose their end at train.max_length=128.",
+        "20.0% of texts lose their end at train.max_length=128.",
         "one 'patient' owns up to 2 records; a private run protects it as a whole.",
     )
 

@@ -281,7 +281,7 @@ def test_a_check_counts_what_is_wrong(tmp_path: Path, tokenizer: PreTrainedToken
         f"{REFUSED}.",
         "1 texts with the same options have more than one right one.",
         "1 records have two options of the same text.",
-        "17% of texts lose their end at train.max_length=128.",
+        "16.7% of texts lose their end at train.max_length=128.",
     )
 
 
