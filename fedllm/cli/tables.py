@@ -159,7 +159,7 @@ def final_table(runs: Sequence[tuple[str, Sequence[Event]]]) -> Table:
     for column in ("run", "site"):
         table.add_column(column)
     abroad = any(event.get("stage") == "elsewhere" for _, events in runs for event in events)
-    heads = ("base", "majority", "tuned", "95 %", *(("elsewhere",) if abroad else ()), "more", "epsilon")
+    heads = ("base", "majority", "tuned", "95 %", *(("at other sites",) if abroad else ()), "more", "epsilon")
     for column in heads:
         table.add_column(column, justify="right")
     for (name, events), pair in zip(runs, pairs, strict=True):

@@ -90,7 +90,7 @@ def test_a_sites_own_adapter_is_judged_on_the_records_of_the_others_too(federate
     console = Console(width=200)
     with console.capture() as capture:
         console.print(final_table([("alone", read_events(folder))]))
-    assert "elsewhere" in capture.get()
+    assert "at other sites" in capture.get()
     assert "On the records of the other sites a site" in folder.report_file.read_text()
     together = federate(dir="together")
     assert {event["stage"] for event in events(together, "evaluated")} == {"base", "final"}
