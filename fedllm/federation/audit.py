@@ -27,7 +27,7 @@ from fedllm.privacy.accounting import ADD_OR_REMOVE, cross_check, epsilon, requi
 from fedllm.privacy.audit import Check
 from fedllm.privacy.entropy import SecureGenerator
 from fedllm.privacy.ledger import Ledger
-from fedllm.privacy.plan import PrivacyPlan, make_plan
+from fedllm.privacy.plan import PrivacyPlan, make_plan, require_allowed
 from fedllm.privacy.release import RELEASES
 from fedllm.runs.events import read_events
 from fedllm.runs.folder import RunFolder
@@ -88,8 +88,7 @@ def subject(config: Config, policy: Path | None = None) -> Subject:
         site = real_site(policy, config)
         config, data, public = site.config, site.data(), site.policy.public_units
         plan = make_plan(config, units=len(data.units), site=data.name, public_units=public)
-        site.policy.require_noise(plan.noise_multiplier)
-        site.policy.require_delta(plan.public_units or plan.units)
+        require_allowed(plan, site.policy)
         units = {data.name: public or len(data.units)}
     elif config.data.source == "file" and not config.data.path:
         raise ConfigError("the records are at real sites: audit there, with --policy SITE.toml.")

@@ -14,7 +14,7 @@ from fedllm.federation.shares import training_shares
 from fedllm.federation.site import real_site, simulated_policy, training_config
 from fedllm.privacy.accounting import Spend, cross_check, epsilon, within
 from fedllm.privacy.ledger import Entry, Ledger
-from fedllm.privacy.plan import PrivacyPlan, counts_plan, whole_run
+from fedllm.privacy.plan import PrivacyPlan, counts_plan, require_allowed, whole_run
 from fedllm.privacy.policy import SitePolicy, load_policy
 
 _MOST_ROUNDS = 10_000
@@ -146,10 +146,9 @@ def _planned(
         public_units=policy.public_units,
         makes_basis=makes_basis,
     )
-    policy.require_noise(plan.noise_multiplier)
+    require_allowed(plan, policy)
     if makes_basis and config.adapter.basis == "dp-gradient":
         policy.require_noise(config.adapter.basis_noise)
-    policy.require_delta(plan.public_units or plan.units)
     entries = ledger.entries(dataset=policy.dataset, data=data.fingerprint) if ledger is not None else ()
     return Planned(
         policy=policy,

@@ -266,6 +266,18 @@ def whole_run(
     return plan, (*before, plan.spend(rounds=plan.rounds))
 
 
+def require_allowed(plan: PrivacyPlan, policy: SitePolicy) -> None:
+    """Refuse a plan that a site's policy forbids, whatever is left of its budget.
+
+    Raises
+    ------
+    BudgetError
+        If there is less noise than the policy's least, or its delta does not fit the number of units.
+    """
+    policy.require_noise(plan.noise_multiplier)
+    policy.require_delta(plan.public_units or plan.units)
+
+
 def authorise(
     plan: PrivacyPlan,
     *,
@@ -295,8 +307,7 @@ def authorise(
     BudgetError
         If the projection exceeds the policy's largest epsilon; nothing is booked then.
     """
-    policy.require_noise(plan.noise_multiplier)
-    policy.require_delta(plan.public_units or plan.units)
+    require_allowed(plan, policy)
     # round 0 makes a basis and is no round of the plan's
     planned = (plan.spend(rounds=max(1, plan.rounds - round + 1)), *ahead)
 
